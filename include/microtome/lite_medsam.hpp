@@ -1,0 +1,193 @@
+#pragma once
+
+#include <algorithm>
+#include <filesystem>
+#include <optional>
+#include <span>
+
+#include <microtome/config.hpp>
+#include <microtome/mask_decoder.hpp>
+#include <microtome/prompt_encoder.hpp>
+#include <microtome/tiny_vit.hpp>
+
+namespace microtome {
+
+struct load_options {
+  padding windows = padding::exact;
+};
+
+/// LiteMedSAM (Ma et al., Segment Anything in Medical Images, 2024): an image is encoded once, then
+/// any number of prompts are decoded on it.
+///
+///     image (256 x 256, 3) --encoder--> embedding (64 x 64, 256) --.
+///     boxes, points, mask  --prompts--> tokens, dense embedding ----+--decoder--> masks (256 x 256)
+///
+/// The weights, packed for this machine's kernels. Immutable: any number of sessions share it.
+class lite_medsam {
+public:
+  /// Maps and packs a model file that converters/convert.py wrote. Throws `error` naming the file and
+  /// the tensor where anything in it is not as expected.
+  static lite_medsam load(const std::filesystem::path& path, load_options options = {}) {
+    safetensors file(path);
+    lite_medsam model(file, options);
+    file.drop_pages();
+    return model;
+  }
+
+  /// The same from memory, which is not needed afterwards.
+  static lite_medsam load(std::span<const std::byte> bytes, load_options options = {}) {
+    return lite_medsam(safetensors(bytes), options);
+  }
+
+  lite_medsam(const safetensors& file, load_options options)
+      : config(lite_medsam_config::from(file)),
+        image_encoder(file, config, options.windows),
+        prompts(file, config),
+        decoder(file, config) {}
+
+  const lite_medsam_config config;
+  const tiny_vit image_encoder;
+  const prompt_encoder prompts;
+  const mask_decoder decoder;
+};
+
+struct session_options {
+  int threads = 0;  ///< 0: all that OpenMP would use
+};
+
+/// One stream of inference on a model: its memory, its threads and the image it has encoded. Not for
+/// several threads at once; make a session for each.
+class session {
+public:
+  /// `model` must outlive the session.
+  explicit session(const lite_medsam& model, session_options options = {})
+      : model_(model),
+        ws_(options.threads, arena_floats(model), scratch_bytes(model)),
+        embedding_(shape{model.image_encoder.embedding_size().tokens(), model.config.embed_dim}),
+        dense_(embedding_.extents()) {}
+
+  const lite_medsam& model() const { return model_; }
+  int threads() const { return ws_.threads(); }
+
+  /// Sends intermediate results to `trace` from now on; null ends it. Tracing computes some of them
+  /// apart and is slow.
+  void set_tracer(tracer* trace) { ws_.trace = trace; }
+
+  /// Encodes an image (image_size * image_size, 3), channels last, in [0, 1].
+  void encode(view<const float> image) {
+    const index_t side = model_.config.image_size;
+    if (image.size() != side * side * model_.config.pixel_channels)
+      fail("encode: the image has ", image.size(), " values, expected ", side, " x ", side, " x ",
+           model_.config.pixel_channels);
+    model_.image_encoder(ws_, {image.data(), {side * side, model_.config.pixel_channels}}, embedding_);
+    use_no_mask();
+  }
+
+  /// The embedding of the last image, (tokens, embed_dim).
+  view<const float> embedding() const { return embedding_; }
+
+  /// Takes an embedding made earlier by `encode` in place of encoding.
+  void set_embedding(view<const float> embedding) {
+    if (embedding.size() != embedding_.size())
+      fail("set_embedding: ", embedding.size(), " values, expected ", to_string(embedding_.extents()));
+    std::copy(embedding.begin(), embedding.end(), embedding_.begin());
+    use_no_mask();
+  }
+
+  /// One mask per box, decoded together: low_res_masks (boxes, 1, side, side) and iou_predictions
+  /// (boxes, 1). The views hold until the next call. Allocates only where there are more boxes than
+  /// in any call before.
+  decoded_masks decode(std::span<const box> boxes) {
+    const index_t count = static_cast<index_t>(boxes.size());
+    const decoded_masks out = room_for(count, 1);
+    const index_t dim = model_.config.embed_dim;
+    for (index_t start = 0; start < count; start += batch) {
+      const index_t n = std::min(batch, count - start);
+      frame memory(ws_.memory());
+      const view<float> sparse = memory.take({n * prompt_encoder::box_tokens, dim});
+      for (index_t i = 0; i < n; ++i)
+        model_.prompts.encode(boxes[static_cast<std::size_t>(start + i)],
+                              sparse.row(i * prompt_encoder::box_tokens));
+      const decoded_masks part{{out.low_res_masks.row(start), {n, 1, mask_side(), mask_side()}},
+                               {out.iou_predictions.row(start), {n, 1}}};
+      model_.decoder(ws_, dense_, model_.prompts.dense_position(), sparse, n, false, part);
+    }
+    return out;
+  }
+
+  /// The largest number of points in one prompt.
+  static constexpr index_t max_points = 64;
+
+  /// One prompt of points, perhaps a box and perhaps a mask (side, side) of logits from an earlier
+  /// decoding; three masks for `multimask`, one otherwise.
+  decoded_masks decode(std::span<const point> points, const std::optional<box>& b = std::nullopt,
+                       view<const float> mask = {}, bool multimask = true) {
+    const index_t count = static_cast<index_t>(points.size());
+    if (count > max_points) fail("decode: ", count, " points in one prompt, at most ", max_points);
+    if (mask.data() && mask.size() != mask_side() * mask_side())
+      fail("decode: the mask prompt has ", mask.size(), " values, expected ", mask_side(), " x ",
+           mask_side());
+    const decoded_masks out = room_for(1, model_.decoder.masks(multimask));
+    const index_t dim = model_.config.embed_dim;
+    frame memory(ws_.memory());
+    const view<float> sparse =
+        memory.take({prompt_encoder::token_count(count, b.has_value()), dim});
+    model_.prompts.encode(points, b, sparse.data());
+    view<const float> image = dense_;
+    if (mask.data()) {
+      const view<float> sum = memory.take(embedding_.extents());
+      model_.prompts.encode_mask(ws_, {mask.data(), {mask.size(), 1}}, sum);
+      kernels::active().add(sum.size(), embedding_.data(), sum.data(), sum.data());
+      image = sum;
+    }
+    model_.decoder(ws_, image, model_.prompts.dense_position(), sparse, 1, multimask, out);
+    return out;
+  }
+
+  index_t mask_side() const { return model_.config.mask_size(); }
+
+private:
+  /// Prompts that pass through the decoder together: enough to use its weights well, few enough to
+  /// need no more memory than the encoder.
+  static constexpr index_t batch = 4;
+
+  static index_t arena_floats(const lite_medsam& model) {
+    const index_t dim = model.config.embed_dim;
+    const index_t tokens = model.image_encoder.embedding_size().tokens();
+    const index_t boxes = arena::rounded(batch * prompt_encoder::box_tokens * dim) +
+                        model.decoder.memory(batch, prompt_encoder::box_tokens, dim);
+    const index_t clicks = arena::rounded((max_points + 2) * dim) + arena::rounded(tokens * dim) +
+                         std::max(model.prompts.memory(),
+                                  model.decoder.memory(1, max_points + 2, dim));
+    return std::max({model.image_encoder.memory(), boxes, clicks});
+  }
+  static std::size_t scratch_bytes(const lite_medsam& model) {
+    return std::max(model.image_encoder.scratch_bytes(),
+                    model.decoder.scratch_bytes(max_points + 2, model.config.embed_dim));
+  }
+
+  /// dense_ = embedding_ + what stands for "no mask", the image that all boxes share.
+  void use_no_mask() {
+    const index_t dim = model_.config.embed_dim;
+    for (index_t row = 0; row < embedding_.extent(0); ++row)
+      kernels::active().add(dim, embedding_.row(row), model_.prompts.no_mask(), dense_.row(row));
+  }
+
+  decoded_masks room_for(index_t prompts, index_t masks) {
+    const index_t floats = prompts * masks * mask_side() * mask_side();
+    if (low_res_masks_.size() < floats) low_res_masks_ = tensor<float>(shape{floats});
+    if (iou_predictions_.size() < prompts * masks)
+      iou_predictions_ = tensor<float>(shape{prompts * masks});
+    return {{low_res_masks_.data(), {prompts, masks, mask_side(), mask_side()}},
+            {iou_predictions_.data(), {prompts, masks}}};
+  }
+
+  const lite_medsam& model_;
+  workspace ws_;
+  tensor<float> embedding_;
+  tensor<float> dense_;
+  tensor<float> low_res_masks_;
+  tensor<float> iou_predictions_;
+};
+
+}  // namespace microtome

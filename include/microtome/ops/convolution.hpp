@@ -1,0 +1,163 @@
+#pragma once
+
+#include <string>
+
+#include <microtome/ops/depthwise.hpp>
+#include <microtome/ops/linear.hpp>
+
+namespace microtome {
+
+/// Dense 3x3 convolution with padding 1 and no bias, over token-major pixels: a GEMM whose rows are
+/// read nine times, once per tap, where they lie (a row of zeros outside the map).
+class convolution3x3 {
+public:
+  convolution3x3() = default;
+
+  /// Reads `<name>.weight` (out, in, 3, 3).
+  convolution3x3(const safetensors& file, const std::string& name, index_t in, index_t out)
+      : in_(in), zeros_(shape{in}) {
+    const tensor<float> read = file.read(name + ".weight", {out, in, 3, 3});
+    tensor<float> taps(shape{9, in, out});
+    for (index_t o = 0; o < out; ++o)
+      for (index_t i = 0; i < in; ++i)
+        for (index_t tap = 0; tap < 9; ++tap)
+          taps[(tap * in + i) * out + o] = read[(o * in + i) * 9 + tap];
+    weight_ = packed_weight(9 * in, out, taps.data(), out, 1);
+  }
+
+  index_t out() const { return weight_.width(); }
+
+  /// x is (size.tokens(), in), result is (size.tokens(), out) and not x.
+  void operator()(workspace& ws, map_size size, view<const float> x, view<float> result) const {
+    const index_t tokens = size.tokens();
+    ws.parallel(block_count(tokens), [&](index_t block, scratch) {
+      const index_t start = block * token_block;
+      const index_t count = std::min(token_block, tokens - start);
+      std::array<const float*, 9 * token_block> taps;
+      for (index_t tap = 0; tap < 9; ++tap)
+        for (index_t i = 0; i < count; ++i) {
+          const index_t y = (start + i) / size.width + tap / 3 - 1;
+          const index_t column = (start + i) % size.width + tap % 3 - 1;
+          const bool inside = y >= 0 && y < size.height && column >= 0 && column < size.width;
+          taps[static_cast<std::size_t>(tap * count + i)] =
+              inside ? x.row(y * size.width + column) : zeros_.data();
+        }
+      const row_pointers<float> c(result.row(start), out(), count);
+      kernels::active().gemm({.m = count,
+                              .n = out(),
+                              .k = in_,
+                              .taps = 9,
+                              .a = taps.data(),
+                              .b = weight_.columns_from(0),
+                              .c = c.data()});
+    });
+  }
+
+private:
+  index_t in_ = 0;
+  tensor<float> zeros_;
+  packed_weight weight_;
+};
+
+/// 2x2 convolution of stride 2 over token-major pixels, with bias: four taps, no overlap.
+class convolution2x2 {
+public:
+  convolution2x2() = default;
+
+  /// Reads `<name>.weight` (out, in, 2, 2) and `<name>.bias` (out).
+  convolution2x2(const safetensors& file, const std::string& name, index_t in, index_t out)
+      : in_(in), bias_(file.read(name + ".bias", {out})) {
+    const tensor<float> read = file.read(name + ".weight", {out, in, 2, 2});
+    tensor<float> taps(shape{4, in, out});
+    for (index_t o = 0; o < out; ++o)
+      for (index_t i = 0; i < in; ++i)
+        for (index_t tap = 0; tap < 4; ++tap)
+          taps[(tap * in + i) * out + o] = read[(o * in + i) * 4 + tap];
+    weight_ = packed_weight(4 * in, out, taps.data(), out, 1);
+  }
+
+  index_t out() const { return weight_.width(); }
+
+  /// x is (size.tokens(), in) with even height and width, result is (size.tokens() / 4, out).
+  void operator()(workspace& ws, map_size size, view<const float> x, view<float> result) const {
+    const map_size half{size.height / 2, size.width / 2};
+    ws.parallel(block_count(half.tokens()), [&](index_t block, scratch) {
+      const index_t start = block * token_block;
+      const index_t count = std::min(token_block, half.tokens() - start);
+      std::array<const float*, 4 * token_block> taps;
+      for (index_t tap = 0; tap < 4; ++tap)
+        for (index_t i = 0; i < count; ++i) {
+          const index_t y = (start + i) / half.width * 2 + tap / 2;
+          const index_t column = (start + i) % half.width * 2 + tap % 2;
+          taps[static_cast<std::size_t>(tap * count + i)] = x.row(y * size.width + column);
+        }
+      const row_pointers<float> c(result.row(start), out(), count);
+      kernels::active().gemm({.m = count,
+                              .n = out(),
+                              .k = in_,
+                              .taps = 4,
+                              .a = taps.data(),
+                              .b = weight_.columns_from(0),
+                              .c = c.data(),
+                              .bias = bias_.data()});
+    });
+  }
+
+private:
+  index_t in_ = 0;
+  packed_weight weight_;
+  tensor<float> bias_;
+};
+
+/// Transposed 2x2 convolution of stride 2: every pixel becomes a 2x2 block of pixels.
+///
+/// One GEMM per output row: pixel x of input row y gives the neighbours (2y + dy, 2x) and
+/// (2y + dy, 2x + 1), which lie side by side in token-major order.
+class transposed_convolution2x2 {
+public:
+  transposed_convolution2x2() = default;
+
+  /// Reads `<name>.weight` (in, out, 2, 2) and `<name>.bias` (out).
+  transposed_convolution2x2(const safetensors& file, const std::string& name, index_t in, index_t out)
+      : out_(out), bias_(shape{2 * out}) {
+    const tensor<float> read = file.read(name + ".weight", {in, out, 2, 2});
+    const tensor<float> bias = file.read(name + ".bias", {out});
+    tensor<float> pair(shape{in, 2 * out});  // for dy: columns of dx = 0, then of dx = 1
+    for (index_t dy = 0; dy < 2; ++dy) {
+      for (index_t i = 0; i < in; ++i)
+        for (index_t dx = 0; dx < 2; ++dx)
+          for (index_t o = 0; o < out; ++o)
+            pair[i * 2 * out + dx * out + o] = read[((i * out + o) * 2 + dy) * 2 + dx];
+      weight_[static_cast<std::size_t>(dy)] = packed_weight(in, 2 * out, pair.data(), 2 * out, 1);
+    }
+    for (index_t o = 0; o < out; ++o) bias_[o] = bias_[out + o] = bias[o];
+  }
+
+  index_t in() const { return weight_[0].depth(); }
+  index_t out() const { return out_; }
+
+  /// Serial: `count` dense pixels of one row become two dense rows of 2 * count pixels.
+  void row(index_t count, const float* x, float* upper, float* lower) const {
+    for (index_t start = 0; start < count; start += token_block) {
+      const index_t n = std::min(token_block, count - start);
+      const row_pointers<const float> a(x + start * in(), in(), n);
+      for (std::size_t dy = 0; dy < 2; ++dy) {
+        const row_pointers<float> c((dy ? lower : upper) + start * 2 * out_, 2 * out_, n);
+        kernels::active().gemm({.m = n,
+                                .n = 2 * out_,
+                                .k = in(),
+                                .a = a.data(),
+                                .b = weight_[dy].columns_from(0),
+                                .c = c.data(),
+                                .bias = bias_.data()});
+      }
+    }
+  }
+
+private:
+  index_t out_ = 0;
+  std::array<packed_weight, 2> weight_;
+  tensor<float> bias_;  // twice, for the two pixels of a GEMM row
+};
+
+}  // namespace microtome

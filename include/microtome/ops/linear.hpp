@@ -1,0 +1,126 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+#include <kernels/table.hpp>
+#include <microtome/safetensors.hpp>
+#include <microtome/workspace.hpp>
+
+namespace microtome {
+
+using kernels::activation;
+
+/// Tokens that one task of a token-wise layer takes. Large enough to use packed weights many times,
+/// small enough that a task's intermediate rows stay in a core's L2 cache.
+inline constexpr index_t token_block = 96;
+
+/// How many blocks of `token_block` cover n tokens.
+constexpr index_t block_count(index_t n) { return (n + token_block - 1) / token_block; }
+
+/// Pointers to `count` rows of `stride` floats, the way kernels take a matrix.
+template <class T>
+struct row_pointers : std::array<T*, token_block> {
+  row_pointers(T* first, index_t stride, index_t count) {
+    for (index_t i = 0; i < count; ++i) (*this)[static_cast<std::size_t>(i)] = first + i * stride;
+  }
+};
+
+/// A weight matrix in the kernels' order: out = act(in * weight^T + bias + residual).
+class packed_weight {
+public:
+  packed_weight() = default;
+  /// Packs B (k, n), element (i, j) at b[i * row_stride + j * column_stride].
+  packed_weight(index_t k, index_t n, const float* b, index_t row_stride, index_t column_stride)
+      : depth_(k), width_(n), packed_(shape{kernels::active().packed_size(k, n)}) {
+    kernels::active().pack_b(k, n, b, row_stride, column_stride, packed_.data());
+  }
+
+  index_t depth() const { return depth_; }  ///< k, over all taps
+  index_t width() const { return width_; }  ///< n
+  /// The packed columns from `column` on, which must be a multiple of the kernels' panel width.
+  const float* columns_from(index_t column) const { return packed_.data() + column * depth_; }
+
+private:
+  index_t depth_ = 0;
+  index_t width_ = 0;
+  tensor<float> packed_;
+};
+
+/// out = act(x W^T + b + residual): a fully connected layer over tokens, and so a 1x1 convolution.
+class linear {
+public:
+  linear() = default;
+
+  /// Reads `<name>.weight` (out, in), and `<name>.bias` (out) unless `with_bias` is false.
+  /// A 1x1 convolution's weight (out, in, 1, 1) is the same matrix: see `pointwise`.
+  linear(const safetensors& file, const std::string& name, index_t in, index_t out,
+         bool with_bias = true)
+      : linear(file, name, shape{out, in}, with_bias) {}
+
+  static linear pointwise(const safetensors& file, const std::string& name, index_t in, index_t out,
+                          bool with_bias = true) {
+    return linear(file, name, shape{out, in, 1, 1}, with_bias);
+  }
+
+  index_t in() const { return weight_.depth(); }
+  index_t out() const { return weight_.width(); }
+
+  /// Serial, for use inside a task: `count` rows given by pointers (see kernels::gemm_args).
+  void rows(index_t count, const float* const* x, float* const* result,
+            activation act = activation::none, const float* const* residual = nullptr) const {
+    kernels::active().gemm({.m = count,
+                            .n = out(),
+                            .k = in(),
+                            .a = x,
+                            .b = weight_.columns_from(0),
+                            .c = result,
+                            .bias = bias_.data(),
+                            .residual = residual,
+                            .act = act});
+  }
+
+  /// x is (n, in), result is (n, out). `residual`, where given, is (n, out) and may be `result`.
+  void operator()(workspace& ws, view<const float> x, view<float> result,
+                  activation act = activation::none, const float* residual = nullptr) const {
+    const index_t n = x.extent(0);
+    // Few tokens (those of a prompt) are shared out by columns, many by rows.
+    const index_t panel = kernels::active().panel_width;
+    const index_t blocks = block_count(n);
+    const index_t slice = blocks >= 2 * ws.threads() ? out() : std::max<index_t>(panel, 64);
+    const index_t slices = (out() + slice - 1) / slice;
+    ws.parallel(blocks * slices, [&](index_t task, scratch) {
+      const index_t row = task / slices * token_block;
+      const index_t column = task % slices * slice;
+      const index_t count = std::min(token_block, n - row);
+      const row_pointers<const float> a(x.data() + row * in(), in(), count);
+      const row_pointers<float> c(result.data() + row * out() + column, out(), count);
+      const row_pointers<const float> r(residual ? residual + row * out() + column : nullptr,
+                                        residual ? out() : 0, count);
+      kernels::active().gemm({.m = count,
+                              .n = std::min(slice, out() - column),
+                              .k = in(),
+                              .a = a.data(),
+                              .b = weight_.columns_from(column),
+                              .c = c.data(),
+                              .bias = bias_.empty() ? nullptr : bias_.data() + column,
+                              .residual = residual ? r.data() : nullptr,
+                              .act = act});
+    });
+  }
+
+private:
+  linear(const safetensors& file, const std::string& name, shape weight_shape, bool with_bias) {
+    const index_t out = weight_shape[0];
+    const index_t in = weight_shape[1];
+    const tensor<float> weight = file.read(name + ".weight", weight_shape);
+    weight_ = packed_weight(in, out, weight.data(), 1, in);
+    if (with_bias) bias_ = file.read(name + ".bias", {out});
+  }
+
+  packed_weight weight_;
+  tensor<float> bias_;
+};
+
+}  // namespace microtome

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstddef>
+#include <thread>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <microtome/tensor.hpp>
+
+namespace microtome {
+
+/// Threads that `threads = 0` stands for: what OpenMP would use (OMP_NUM_THREADS, the CPUs allowed).
+inline int default_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+/// Calls f(task, thread) for every task in [0, tasks), 0 <= thread < threads, each task once. Tasks
+/// are handed out as threads become free; they write disjoint memory and never reduce across tasks,
+/// so results do not depend on the number of threads. f must not throw.
+template <class Function>
+void parallel_for(int threads, index_t tasks, Function&& f) {
+#ifdef _OPENMP
+  if (threads > 1 && tasks > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (index_t task = 0; task < tasks; ++task) f(task, omp_get_thread_num());
+    return;
+  }
+#endif
+  static_cast<void>(threads);
+  for (index_t task = 0; task < tasks; ++task) f(task, 0);
+}
+
+}  // namespace microtome

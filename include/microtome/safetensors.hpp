@@ -1,0 +1,209 @@
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include <microtome/io/file.hpp>
+#include <microtome/tensor.hpp>
+
+namespace microtome {
+
+/// Reader of safetensors files: 8 bytes of little-endian header length, a JSON header that maps each
+/// tensor's name to its dtype, shape and byte range, then the bytes. The format is described in the
+/// safetensors repository (https://github.com/huggingface/safetensors). The file is mapped, not read,
+/// and nothing in it is trusted: offsets, sizes, shapes, dtypes and overlaps are all checked at once,
+/// values when they are read.
+class safetensors {
+public:
+  struct entry {
+    std::string dtype;  ///< as in the file: "F32", "BF16", ...
+    shape extents;
+    std::span<const std::byte> bytes;
+  };
+
+  /// Maps the file at `path`. Throws `error` where it is not a sound safetensors file.
+  explicit safetensors(const std::filesystem::path& path)
+      : name_(path.string()), file_(path), bytes_(file_.bytes()) {
+    parse();
+  }
+
+  /// Reads from memory, which must outlive this object; `name` stands for it in messages.
+  explicit safetensors(std::span<const std::byte> bytes, std::string name = "model in memory")
+      : name_(std::move(name)), bytes_(bytes) {
+    parse();
+  }
+
+  safetensors(safetensors&&) = default;
+
+  const std::string& name() const { return name_; }
+  const std::map<std::string, entry, std::less<>>& tensors() const { return entries_; }
+  const std::map<std::string, std::string, std::less<>>& metadata() const { return metadata_; }
+  bool contains(std::string_view tensor_name) const { return entries_.contains(tensor_name); }
+
+  /// The tensor `tensor_name` as fp32; F16 and BF16 are widened. Throws `error` where it is missing,
+  /// has another shape than `expected`, another dtype, or holds a NaN or an infinity.
+  tensor<float> read(std::string_view tensor_name, shape expected) const {
+    const auto found = entries_.find(tensor_name);
+    if (found == entries_.end())
+      fail(name_, ": tensor '", tensor_name, "' of shape ", to_string(expected), " is missing");
+    const entry& e = found->second;
+    if (!(e.extents == expected))
+      fail(name_, ": tensor '", tensor_name, "' has shape ", to_string(e.extents), ", expected ",
+           to_string(expected));
+    tensor<float> values(expected);
+    widen(tensor_name, e, values);
+    for (index_t i = 0; i < values.size(); ++i)
+      if (!std::isfinite(values[i]))
+        fail(name_, ": tensor '", tensor_name, "' holds ", values[i], " at element ", i,
+             ", expected finite weights");
+    return values;
+  }
+
+  /// Tells the system that the mapped pages are not needed for now (the weights have been packed).
+  void drop_pages() { file_.drop_pages(); }
+
+private:
+  static constexpr std::uint64_t max_header = 64 << 20;
+
+  void parse() {
+    if (bytes_.size() < 8)
+      fail(name_, ": ", bytes_.size(), " bytes, too short for a safetensors file");
+    std::uint64_t header_size = 0;
+    std::memcpy(&header_size, bytes_.data(), 8);
+    if (header_size > bytes_.size() - 8 || header_size > max_header)
+      fail(name_, ": the header claims ", header_size, " bytes, but ", bytes_.size() - 8,
+           " bytes follow (and at most ", max_header, " are accepted): truncated, or not safetensors");
+    const auto* text = reinterpret_cast<const char*>(bytes_.data()) + 8;
+    nlohmann::json header;
+    try {
+      header = nlohmann::json::parse(text, text + header_size, bounded_depth());
+    } catch (const nlohmann::json::exception& e) {
+      fail(name_, ": the header is not JSON: ", e.what());
+    }
+    if (!header.is_object()) fail(name_, ": the header is not a JSON object");
+    data_ = bytes_.subspan(8 + header_size);
+    for (const auto& [key, value] : header.items()) {
+      if (key == "__metadata__")
+        parse_metadata(value);
+      else
+        parse_entry(key, value);
+    }
+    check_overlaps();
+  }
+
+  /// A header nests three deep; a hostile one nested a million deep would exhaust the stack later.
+  nlohmann::json::parser_callback_t bounded_depth() const {
+    return [this](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
+      if (depth > 8) fail(name_, ": the header nests deeper than a safetensors header can");
+      return true;
+    };
+  }
+
+  void parse_metadata(const nlohmann::json& value) {
+    if (!value.is_object()) fail(name_, ": __metadata__ is not an object");
+    for (const auto& [key, text] : value.items()) {
+      if (!text.is_string()) fail(name_, ": metadata '", key, "' is not a string");
+      metadata_[key] = text.get<std::string>();
+    }
+  }
+
+  void parse_entry(const std::string& key, const nlohmann::json& value) {
+    const auto bad = [&](const char* what) { fail(name_, ": tensor '", key, "' ", what); };
+    if (!value.is_object() || !value.contains("dtype") || !value.contains("shape") ||
+        !value.contains("data_offsets"))
+      bad("lacks dtype, shape or data_offsets");
+    const auto& extents = value["shape"];
+    const auto& offsets = value["data_offsets"];
+    if (!value["dtype"].is_string() || !extents.is_array() || !offsets.is_array() ||
+        offsets.size() != 2 || !offsets[0].is_number_unsigned() || !offsets[1].is_number_unsigned())
+      bad("has a malformed dtype, shape or data_offsets");
+    if (extents.size() > shape::max_rank) bad("has more than four dimensions");
+
+    entry e{.dtype = value["dtype"].get<std::string>(), .extents = {}, .bytes = {}};
+    std::uint64_t count = 1;
+    for (const auto& extent : extents) {
+      if (!extent.is_number_unsigned()) bad("has a negative or fractional extent");
+      const auto n = extent.get<std::uint64_t>();
+      if (n != 0 && count > data_.size() / n) bad("has a shape larger than the file");
+      count *= n;
+      e.extents.append(static_cast<index_t>(n));
+    }
+    const auto begin = offsets[0].get<std::uint64_t>();
+    const auto end = offsets[1].get<std::uint64_t>();
+    if (begin > end || end > data_.size())
+      fail(name_, ": tensor '", key, "' lies at bytes ", begin, " to ", end, ", but the file holds ",
+           data_.size(), ": truncated?");
+    const std::uint64_t width = dtype_size(e.dtype);
+    if (width == 0) fail(name_, ": tensor '", key, "' has the unknown dtype '", e.dtype, "'");
+    if (end - begin != count * width)
+      fail(name_, ": tensor '", key, "' of shape ", to_string(e.extents), " and dtype ", e.dtype,
+           " takes ", count * width, " bytes, but the header gives it ", end - begin);
+    e.bytes = data_.subspan(begin, end - begin);
+    entries_.emplace(key, std::move(e));
+  }
+
+  void check_overlaps() const {
+    std::vector<std::pair<const std::byte*, const std::string*>> starts;
+    for (const auto& [key, e] : entries_)
+      if (!e.bytes.empty()) starts.emplace_back(e.bytes.data(), &key);
+    std::sort(starts.begin(), starts.end());
+    for (std::size_t i = 1; i < starts.size(); ++i) {
+      const entry& before = entries_.find(*starts[i - 1].second)->second;
+      if (before.bytes.data() + before.bytes.size() > starts[i].first)
+        fail(name_, ": tensors '", *starts[i - 1].second, "' and '", *starts[i].second, "' overlap");
+    }
+  }
+
+  static std::uint64_t dtype_size(std::string_view dtype) {
+    if (dtype == "F64" || dtype == "I64" || dtype == "U64") return 8;
+    if (dtype == "F32" || dtype == "I32" || dtype == "U32") return 4;
+    if (dtype == "F16" || dtype == "BF16" || dtype == "I16" || dtype == "U16") return 2;
+    if (dtype == "I8" || dtype == "U8" || dtype == "BOOL") return 1;
+    return 0;
+  }
+
+  void widen(std::string_view tensor_name, const entry& e, tensor<float>& out) const {
+    if (e.dtype == "F32") {
+      std::memcpy(out.data(), e.bytes.data(), e.bytes.size());
+    } else if (e.dtype == "F16" || e.dtype == "BF16") {
+      for (index_t i = 0; i < out.size(); ++i) {
+        std::uint16_t half = 0;
+        std::memcpy(&half, e.bytes.data() + 2 * i, 2);
+        out[i] = e.dtype == "BF16" ? std::bit_cast<float>(std::uint32_t{half} << 16)
+                                   : widen_half(half);
+      }
+    } else {
+      fail(name_, ": tensor '", tensor_name, "' has dtype ", e.dtype, ", expected F32, F16 or BF16");
+    }
+  }
+
+  /// IEEE 754 binary16 to binary32, exactly.
+  static float widen_half(std::uint16_t half) {
+    const float sign = half & 0x8000 ? -1.0f : 1.0f;
+    const int exponent = half >> 10 & 31;
+    const int mantissa = half & 1023;
+    if (exponent == 31) return mantissa ? std::nanf("") : sign * HUGE_VALF;
+    if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), -24);
+    return sign * std::ldexp(static_cast<float>(mantissa | 1024), exponent - 25);
+  }
+
+  std::string name_;
+  io::mapped_file file_;
+  std::span<const std::byte> bytes_;
+  std::span<const std::byte> data_;
+  std::map<std::string, entry, std::less<>> entries_;
+  std::map<std::string, std::string, std::less<>> metadata_;
+};
+
+}  // namespace microtome

@@ -1,0 +1,115 @@
+/// What a CPU target offers the runtime: plain functions over raw pointers, collected in one table.
+///
+/// All functions are serial and pure: they touch only what their arguments name, allocate nothing
+/// and give the same bits however the caller cuts the work into calls, so that threads (which live
+/// above, in include/) can never change a result.
+///
+/// Matrices are described by *row pointers* rather than by a stride. A row is k contiguous floats;
+/// where the rows lie is the caller's business. The same GEMM is thereby a linear layer (rows at a
+/// stride), a 3x3 convolution (nine lists of neighbouring pixels, a row of zeros outside the image),
+/// a transposed convolution (scattered output rows), and windowed attention reads its tokens where
+/// they are.
+#pragma once
+
+#include <cstddef>
+
+namespace microtome::kernels {
+
+using std::ptrdiff_t;
+
+enum class activation { none, relu, gelu };
+
+/// C = act(sum over t of A[t] * B[t] + bias + residual)
+///
+/// A[t] is (m, k), given by m row pointers per tap t; B is (taps * k, n), packed by `pack_b`;
+/// C is (m, n). `bias` (n) and `residual` (m row pointers) may be null; a row of `residual` may be
+/// the same memory as that row of C. Sums run over taps, then k, in order, in fp32, from `bias` on.
+struct gemm_args {
+  ptrdiff_t m, n, k;
+  ptrdiff_t taps = 1;
+  const float* const* a;  ///< [taps][m] pointers to k floats
+  const float* b;         ///< packed, 64-byte aligned
+  float* const* c;        ///< [m] pointers to n floats
+  const float* bias = nullptr;
+  const float* const* residual = nullptr;  ///< [m] pointers to n floats
+  activation act = activation::none;
+};
+
+/// out[i] = sum over j of softmax_j(scale * q[i].k[j] + bias[i][j]) v[j], for one head.
+///
+/// q is (n_q, d_k), k is (n_k, d_k), v is (n_k, d_v), out is (n_q, d_v), all given by row pointers.
+/// `bias`, where not null, is (n_q, bias_stride) with bias_stride >= attention_columns(n_k), and
+/// -infinity in the columns from n_k on.
+struct attention_args {
+  ptrdiff_t n_q, n_k, d_k, d_v;
+  const float* const* q;
+  const float* const* k;
+  const float* const* v;
+  float* const* out;
+  float scale;
+  const float* bias = nullptr;
+  ptrdiff_t bias_stride = 0;
+  float* scratch;  ///< attention_scratch(n_k, d_k, d_v) floats, 64-byte aligned
+};
+
+/// One row of a depthwise 3x3 convolution over channels-last pixels:
+///
+///     out[x] = act(bias + sum over i, j of rows[i][x * stride + first + j - 1] * weights[i][j])
+///
+/// for 0 <= x < n_out. A null row, or a column outside [0, n_in), counts as zeros.
+struct depthwise_args {
+  const float* rows[3];  ///< each n_in pixels of `channels` floats
+  ptrdiff_t n_in, n_out, first, stride, channels;
+  const float* weights;  ///< (3, 3, channels)
+  const float* bias;     ///< (channels)
+  float* out;            ///< n_out pixels
+  activation act = activation::none;
+};
+
+/// out[i] = act((x[i] - mean(x[i])) / sqrt(var(x[i]) + epsilon) * gamma + beta) over each of `n`
+/// rows of c floats; out may be x.
+struct layer_norm_args {
+  ptrdiff_t n, c;
+  const float* const* x;
+  float* const* out;
+  const float* gamma;
+  const float* beta;
+  float epsilon;
+  activation act = activation::none;
+};
+
+/// The functions of one target. A new CPU is a new table.
+struct table {
+  const char* name;
+  const char* description;
+
+  /// Columns of B that lie side by side in a packed panel.
+  ptrdiff_t panel_width;
+  /// Floats that pack_b writes: k x n, with n rounded up to whole panels.
+  ptrdiff_t (*packed_size)(ptrdiff_t k, ptrdiff_t n);
+  /// Packs B, given as (k, n) with element (i, j) at b[i * row_stride + j * column_stride].
+  void (*pack_b)(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
+                 ptrdiff_t column_stride, float* packed);
+  void (*gemm)(const gemm_args&);
+
+  /// n_k rounded up to the vector width that the kernel works in.
+  ptrdiff_t (*attention_columns)(ptrdiff_t n_k);
+  ptrdiff_t (*attention_scratch)(ptrdiff_t n_k, ptrdiff_t d_k, ptrdiff_t d_v);
+  void (*attention)(const attention_args&);
+
+  void (*depthwise3x3)(const depthwise_args&);
+  void (*layer_norm)(const layer_norm_args&);
+
+  void (*activate)(activation, ptrdiff_t n, const float* x, float* out);
+  void (*sigmoid)(ptrdiff_t n, const float* x, float* out);
+  /// out = a + b
+  void (*add)(ptrdiff_t n, const float* a, const float* b, float* out);
+  /// x = softmax(x) over n floats
+  void (*softmax)(ptrdiff_t n, float* x);
+
+  /// A chain of dependent-free fused multiply-adds that saturates the units; returns the FLOPs done.
+  /// It measures the peak that `bench` divides by.
+  double (*fma_peak)(ptrdiff_t iterations);
+};
+
+}  // namespace microtome::kernels

@@ -1,0 +1,27 @@
+/// The roof of the roofline: how many fused multiply-adds the units can do when nothing is in the way.
+#pragma once
+
+#include "target.hpp"
+
+namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
+
+inline double fma_peak(ptrdiff_t iterations) {
+  constexpr ptrdiff_t chains = tile_rows * tile_vectors;  // as many sums as the micro-kernel keeps
+  const float_tag tag;
+  hn::Vec<float_tag> sums[chains];
+#pragma GCC unroll 32
+  for (ptrdiff_t i = 0; i < chains; ++i) sums[i] = hn::Set(tag, static_cast<float>(i));
+  const auto factor = hn::Set(tag, 0.999f);
+  const auto addend = hn::Set(tag, 1e-3f);
+  for (ptrdiff_t n = 0; n < iterations; ++n)
+#pragma GCC unroll 32
+    for (ptrdiff_t i = 0; i < chains; ++i) sums[i] = hn::MulAdd(sums[i], factor, addend);
+  float sink[lanes] = {};
+  for (ptrdiff_t i = 0; i < chains; ++i) hn::StoreU(hn::Add(sums[i], hn::LoadU(tag, sink)), tag, sink);
+  // The result must be used, or the loop is no work at all.
+  volatile float keep = sink[0];
+  static_cast<void>(keep);
+  return 2.0 * static_cast<double>(chains * lanes) * static_cast<double>(iterations);
+}
+
+}  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

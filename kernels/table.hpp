@@ -1,0 +1,41 @@
+/// The kernel table of the target that this translation unit is compiled for.
+#pragma once
+
+#include "attention.hpp"
+#include "contract.hpp"
+#include "depthwise.hpp"
+#include "elementwise.hpp"
+#include "gemm.hpp"
+#include "layer_norm.hpp"
+#include "peak.hpp"
+#include "softmax.hpp"
+
+namespace microtome::kernels {
+
+namespace MICROTOME_TARGET_NAMESPACE {
+
+inline constexpr table kernel_table{
+    .name = MICROTOME_TARGET_NAME,
+    .description = MICROTOME_TARGET_DESCRIPTION,
+    .panel_width = panel_width,
+    .packed_size = packed_size,
+    .pack_b = pack_b,
+    .gemm = gemm,
+    .attention_columns = attention_columns,
+    .attention_scratch = attention_scratch,
+    .attention = attention,
+    .depthwise3x3 = depthwise3x3,
+    .layer_norm = layer_norm,
+    .activate = activate,
+    .sigmoid = sigmoid,
+    .add = add,
+    .softmax = softmax,
+    .fma_peak = fma_peak,
+};
+
+}  // namespace MICROTOME_TARGET_NAMESPACE
+
+/// The kernels that the runtime calls. Header-only, they are those of the compiler's own flags.
+inline const table& active() { return MICROTOME_TARGET_NAMESPACE::kernel_table; }
+
+}  // namespace microtome::kernels

@@ -1,0 +1,65 @@
+/// The one header that names instruction sets: it turns the compiler's flags into a target namespace
+/// and its register blocking. Everything compiled for a target lives in that namespace, so that the
+/// linker can never take one target's code for another's.
+#pragma once
+
+#include <cstddef>
+
+#include <hwy/highway.h>
+#include <xsimd/xsimd.hpp>
+
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+#define MICROTOME_TARGET_NAMESPACE avx512
+#define MICROTOME_TARGET_DESCRIPTION "AVX-512 (F, BW, DQ, VL), 32 registers of 16 floats"
+#elif HWY_TARGET == HWY_AVX2
+#define MICROTOME_TARGET_NAMESPACE avx2
+#define MICROTOME_TARGET_DESCRIPTION "AVX2 with FMA, 16 registers of 8 floats"
+#elif HWY_TARGET == HWY_SSE4
+#define MICROTOME_TARGET_NAMESPACE sse4
+#define MICROTOME_TARGET_DESCRIPTION "SSE4.2, 16 registers of 4 floats, no FMA"
+#elif HWY_TARGET == HWY_SSSE3
+#define MICROTOME_TARGET_NAMESPACE ssse3
+#define MICROTOME_TARGET_DESCRIPTION "SSSE3, 16 registers of 4 floats, no FMA"
+#elif HWY_TARGET == HWY_NEON
+#define MICROTOME_TARGET_NAMESPACE neon
+#define MICROTOME_TARGET_DESCRIPTION "NEON (AArch64), 32 registers of 4 floats"
+#else
+#define MICROTOME_TARGET_NAMESPACE portable
+#define MICROTOME_TARGET_DESCRIPTION "whatever the compiler has, through Highway"
+#endif
+
+#define MICROTOME_STRINGIZE_(x) #x
+#define MICROTOME_STRINGIZE(x) MICROTOME_STRINGIZE_(x)
+#define MICROTOME_TARGET_NAME MICROTOME_STRINGIZE(MICROTOME_TARGET_NAMESPACE)
+
+namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using std::ptrdiff_t;
+
+/// Widest float vector of the target.
+using float_tag = hn::ScalableTag<float>;
+inline constexpr ptrdiff_t lanes = static_cast<ptrdiff_t>(HWY_MAX_BYTES / sizeof(float));
+
+/// xsimd's batch of the same target, for element-wise maths.
+using batch = xsimd::batch<float>;
+inline constexpr ptrdiff_t batch_lanes = static_cast<ptrdiff_t>(batch::size);
+
+/// The GEMM micro-kernel holds a tile of tile_rows x (tile_vectors * lanes) sums in registers, beside
+/// tile_vectors of B and one broadcast of A: 6 * 2 + 3 = 15 of 16 registers, or 14 * 2 + 3 = 31 of 32.
+inline constexpr ptrdiff_t tile_vectors = 2;
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+inline constexpr ptrdiff_t tile_rows = 14;
+#elif HWY_TARGET == HWY_NEON
+inline constexpr ptrdiff_t tile_rows = 12;
+#else
+inline constexpr ptrdiff_t tile_rows = 6;
+#endif
+inline constexpr ptrdiff_t panel_width = tile_vectors * lanes;
+
+constexpr ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE
