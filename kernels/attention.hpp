@@ -14,7 +14,9 @@
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
-inline ptrdiff_t attention_columns(ptrdiff_t n_k) { return round_up(n_k, panel_width); }
+inline ptrdiff_t attention_columns(ptrdiff_t n_k) {
+  return round_up(n_k, panel_width);
+}
 
 inline ptrdiff_t attention_scratch(ptrdiff_t n_k, ptrdiff_t d_k, ptrdiff_t d_v) {
   const ptrdiff_t columns = attention_columns(n_k);
@@ -42,7 +44,8 @@ inline void pack_values(ptrdiff_t n_k, ptrdiff_t d_v, const float* const* v, flo
   }
 }
 
-/// scores = exp(scale * scores + bias - max), with -infinity where there is no key. Returns the sum.
+/// scores = exp(scale * scores + bias - max), with -infinity where there is no key. Returns the
+/// sum.
 inline float softmax_scores(const attention_args& args, const float* bias, float* scores) {
   const ptrdiff_t columns = attention_columns(args.n_k);
   const batch scale(args.scale);
@@ -107,9 +110,8 @@ inline void attention(const attention_args& args) {
   pack_keys(args.n_k, args.d_k, args.k, keys);
   pack_values(args.n_k, args.d_v, args.v, values);
   for (ptrdiff_t row = 0; row < args.n_q; row += tile_rows)
-    with_rows(std::min(tile_rows, args.n_q - row), [&]<ptrdiff_t Rows>() {
-      attention_tile<Rows>(args, row, keys, values, scores);
-    });
+    with_rows(std::min(tile_rows, args.n_q - row),
+              [&]<ptrdiff_t Rows>() { attention_tile<Rows>(args, row, keys, values, scores); });
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

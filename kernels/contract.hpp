@@ -6,9 +6,9 @@
 ///
 /// Matrices are described by *row pointers* rather than by a stride. A row is k contiguous floats;
 /// where the rows lie is the caller's business. The same GEMM is thereby a linear layer (rows at a
-/// stride), a 3x3 convolution (nine lists of neighbouring pixels, a row of zeros outside the image),
-/// a transposed convolution (scattered output rows), and windowed attention reads its tokens where
-/// they are.
+/// stride), a 3x3 convolution (nine lists of neighbouring pixels, a row of zeros outside the
+/// image), a transposed convolution (scattered output rows), and windowed attention reads its
+/// tokens where they are.
 #pragma once
 
 #include <cstddef>
@@ -107,8 +107,8 @@ struct table {
   /// x = softmax(x) over n floats
   void (*softmax)(ptrdiff_t n, float* x);
 
-  /// A chain of dependent-free fused multiply-adds that saturates the units; returns the FLOPs done.
-  /// It measures the peak that `bench` divides by.
+  /// A chain of dependent-free fused multiply-adds that saturates the units; returns the FLOPs
+  /// done. It measures the peak that `bench` divides by.
   double (*fma_peak)(ptrdiff_t iterations);
 };
 

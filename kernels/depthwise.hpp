@@ -14,7 +14,8 @@ namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
 inline constexpr ptrdiff_t pixels_at_once = 4;
 
-/// Outputs x .. x + Pixels - 1 of the channels c .. c + lanes(Tag) - 1, whose input columns all exist.
+/// Outputs x .. x + Pixels - 1 of the channels c .. c + lanes(Tag) - 1, whose input columns all
+/// exist.
 template <ptrdiff_t Pixels, ptrdiff_t Stride, class Tag>
 HWY_INLINE void depthwise_inside(const depthwise_args& args, Tag tag, ptrdiff_t x, ptrdiff_t c) {
   using vec = hn::Vec<Tag>;

@@ -40,8 +40,10 @@ inline batch apply_batch(batch x) {
 
 inline void activate(activation act, ptrdiff_t n, const float* x, float* out) {
   switch (act) {
-    case activation::gelu: return map(n, x, out, [](batch v) { return gelu_batch(v); });
-    case activation::relu: return map(n, x, out, [](batch v) { return relu_batch(v); });
+    case activation::gelu:
+      return map(n, x, out, [](batch v) { return gelu_batch(v); });
+    case activation::relu:
+      return map(n, x, out, [](batch v) { return relu_batch(v); });
     case activation::none:
       if (x != out) map(n, x, out, [](batch v) { return v; });
   }

@@ -16,7 +16,8 @@
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
 /// A piece of B of this depth fills at most 3/4 of a 32 KiB L1 cache.
-inline constexpr ptrdiff_t k_block = 24 * 1024 / (panel_width * static_cast<ptrdiff_t>(sizeof(float)));
+inline constexpr ptrdiff_t k_block =
+    24 * 1024 / (panel_width * static_cast<ptrdiff_t>(sizeof(float)));
 /// Rows of A that are swept with one piece of B: a block of A is at most 256 KiB, half an L2.
 inline constexpr ptrdiff_t max_block_rows = 16 * tile_rows;
 inline ptrdiff_t block_rows(ptrdiff_t k) {
@@ -24,7 +25,9 @@ inline ptrdiff_t block_rows(ptrdiff_t k) {
   return std::clamp(fit / tile_rows * tile_rows, 4 * tile_rows, max_block_rows);
 }
 
-inline ptrdiff_t packed_size(ptrdiff_t k, ptrdiff_t n) { return k * round_up(n, panel_width); }
+inline ptrdiff_t packed_size(ptrdiff_t k, ptrdiff_t n) {
+  return k * round_up(n, panel_width);
+}
 
 inline void pack_b(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
                    ptrdiff_t column_stride, float* packed) {

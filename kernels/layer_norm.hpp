@@ -17,9 +17,9 @@ inline void layer_norm_rows(const layer_norm_args& args) {
     const float mean = scale * sum_of(c, x, 0.0f, [](batch v) { return v; });
     const batch centre(mean);
     const float variance = scale * sum_of(c, x, mean, [centre](batch v) {
-      const batch d = v - centre;
-      return d * d;
-    });
+                             const batch d = v - centre;
+                             return d * d;
+                           });
     const float inverse = 1.0f / std::sqrt(variance + args.epsilon);
 
     const batch factor(inverse);
@@ -41,9 +41,12 @@ inline void layer_norm_rows(const layer_norm_args& args) {
 
 inline void layer_norm(const layer_norm_args& args) {
   switch (args.act) {
-    case activation::none: return layer_norm_rows<activation::none>(args);
-    case activation::relu: return layer_norm_rows<activation::relu>(args);
-    case activation::gelu: return layer_norm_rows<activation::gelu>(args);
+    case activation::none:
+      return layer_norm_rows<activation::none>(args);
+    case activation::relu:
+      return layer_norm_rows<activation::relu>(args);
+    case activation::gelu:
+      return layer_norm_rows<activation::gelu>(args);
   }
 }
 

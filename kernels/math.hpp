@@ -50,8 +50,12 @@ inline batch gelu_batch(batch x) {
   return xsimd::fma(half, erf_batch(x * batch(0.707106781f)), half);
 }
 
-inline batch relu_batch(batch x) { return xsimd::max(x, batch(0.0f)); }
+inline batch relu_batch(batch x) {
+  return xsimd::max(x, batch(0.0f));
+}
 
-inline batch sigmoid_batch(batch x) { return batch(1.0f) / (batch(1.0f) + exp_batch(-x)); }
+inline batch sigmoid_batch(batch x) {
+  return batch(1.0f) / (batch(1.0f) + exp_batch(-x));
+}
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

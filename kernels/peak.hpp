@@ -1,4 +1,5 @@
-/// The roof of the roofline: how many fused multiply-adds the units can do when nothing is in the way.
+/// The roof of the roofline: how many fused multiply-adds the units can do when nothing is in the
+/// way.
 #pragma once
 
 #include "target.hpp"
@@ -17,7 +18,8 @@ inline double fma_peak(ptrdiff_t iterations) {
 #pragma GCC unroll 32
     for (ptrdiff_t i = 0; i < chains; ++i) sums[i] = hn::MulAdd(sums[i], factor, addend);
   float sink[lanes] = {};
-  for (ptrdiff_t i = 0; i < chains; ++i) hn::StoreU(hn::Add(sums[i], hn::LoadU(tag, sink)), tag, sink);
+  for (ptrdiff_t i = 0; i < chains; ++i)
+    hn::StoreU(hn::Add(sums[i], hn::LoadU(tag, sink)), tag, sink);
   // The result must be used, or the loop is no work at all.
   volatile float keep = sink[0];
   static_cast<void>(keep);

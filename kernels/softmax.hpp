@@ -11,7 +11,8 @@ namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 inline float row_max(ptrdiff_t n, const float* x) {
   batch best(-std::numeric_limits<float>::infinity());
   ptrdiff_t i = 0;
-  for (; i + batch_lanes <= n; i += batch_lanes) best = xsimd::max(best, batch::load_unaligned(x + i));
+  for (; i + batch_lanes <= n; i += batch_lanes)
+    best = xsimd::max(best, batch::load_unaligned(x + i));
   alignas(64) float lane[static_cast<size_t>(batch_lanes)];
   best.store_aligned(lane);
   for (; i < n; ++i) lane[0] = std::fmax(lane[0], x[i]);

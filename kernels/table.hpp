@@ -36,6 +36,8 @@ inline constexpr table kernel_table{
 }  // namespace MICROTOME_TARGET_NAMESPACE
 
 /// The kernels that the runtime calls. Header-only, they are those of the compiler's own flags.
-inline const table& active() { return MICROTOME_TARGET_NAMESPACE::kernel_table; }
+inline const table& active() {
+  return MICROTOME_TARGET_NAMESPACE::kernel_table;
+}
 
 }  // namespace microtome::kernels

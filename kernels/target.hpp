@@ -1,6 +1,6 @@
-/// The one header that names instruction sets: it turns the compiler's flags into a target namespace
-/// and its register blocking. Everything compiled for a target lives in that namespace, so that the
-/// linker can never take one target's code for another's.
+/// The one header that names instruction sets: it turns the compiler's flags into a target
+/// namespace and its register blocking. Everything compiled for a target lives in that namespace,
+/// so that the linker can never take one target's code for another's.
 #pragma once
 
 #include <cstddef>
@@ -46,8 +46,9 @@ inline constexpr ptrdiff_t lanes = static_cast<ptrdiff_t>(HWY_MAX_BYTES / sizeof
 using batch = xsimd::batch<float>;
 inline constexpr ptrdiff_t batch_lanes = static_cast<ptrdiff_t>(batch::size);
 
-/// The GEMM micro-kernel holds a tile of tile_rows x (tile_vectors * lanes) sums in registers, beside
-/// tile_vectors of B and one broadcast of A: 6 * 2 + 3 = 15 of 16 registers, or 14 * 2 + 3 = 31 of 32.
+/// The GEMM micro-kernel holds a tile of tile_rows x (tile_vectors * lanes) sums in registers,
+/// beside tile_vectors of B and one broadcast of A: 6 * 2 + 3 = 15 of 16 registers, or 14 * 2 + 3 =
+/// 31 of 32.
 inline constexpr ptrdiff_t tile_vectors = 2;
 #if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
 inline constexpr ptrdiff_t tile_rows = 14;

@@ -16,11 +16,11 @@ struct stage_config {
   kind blocks = kind::conv;
   index_t dim = 0;
   index_t depth = 0;
-  index_t expand = 4;      ///< conv: hidden channels of MBConv over dim
-  index_t heads = 0;       ///< attention
-  index_t window = 0;      ///< attention: tokens along a window's side
-  index_t mlp_ratio = 4;   ///< attention: hidden channels of the MLP over dim
-  index_t stride = 1;      ///< of the patch merging after the stage
+  index_t expand = 4;     ///< conv: hidden channels of MBConv over dim
+  index_t heads = 0;      ///< attention
+  index_t window = 0;     ///< attention: tokens along a window's side
+  index_t mlp_ratio = 4;  ///< attention: hidden channels of the MLP over dim
+  index_t stride = 1;     ///< of the patch merging after the stage
 };
 
 /// Shapes and depths of a LiteMedSAM, as the converter writes them into the model file.
@@ -68,8 +68,8 @@ public:
     const auto found = object_.find(key);
     if (found == object_.end()) fail(file_, ": config lacks ", path_, key);
     if (!found->is_number_integer() || *found < low || *found > high)
-      fail(file_, ": config ", path_, key, " is ", found->dump(), ", expected an integer from ", low,
-           " to ", high);
+      fail(file_, ": config ", path_, key, " is ", found->dump(), ", expected an integer from ",
+           low, " to ", high);
     return found->get<index_t>();
   }
 
@@ -94,7 +94,8 @@ private:
 
 inline stage_config read_stage(const config_reader& json, bool last) {
   stage_config stage;
-  stage.blocks = json.text("kind") == "conv" ? stage_config::kind::conv : stage_config::kind::attention;
+  stage.blocks =
+      json.text("kind") == "conv" ? stage_config::kind::conv : stage_config::kind::attention;
   stage.dim = json.number("dim", 1, 4096);
   stage.depth = json.number("depth", 1, 256);
   if (stage.blocks == stage_config::kind::conv) {
@@ -114,9 +115,11 @@ inline lite_medsam_config lite_medsam_config::from(const safetensors& file) {
   const auto metadata = [&](const char* key, const char* expected) {
     const auto found = file.metadata().find(key);
     if (found == file.metadata().end())
-      fail(file.name(), ": metadata '", key, "' is missing: not a model that converters/convert.py wrote");
+      fail(file.name(), ": metadata '", key,
+           "' is missing: not a model that converters/convert.py wrote");
     if (expected && found->second != expected)
-      fail(file.name(), ": metadata '", key, "' is '", found->second, "', expected '", expected, "'");
+      fail(file.name(), ": metadata '", key, "' is '", found->second, "', expected '", expected,
+           "'");
     return found->second;
   };
   metadata("format", "microtome");
@@ -141,8 +144,8 @@ inline lite_medsam_config lite_medsam_config::from(const safetensors& file) {
     fail(file.name(), ": config stages is not a list of 1 to 16 stages");
   for (std::size_t i = 0; i < stages.size(); ++i) {
     const std::string path = "stages[" + std::to_string(i) + "].";
-    config.stages.push_back(detail::read_stage(
-        detail::config_reader(file.name(), path, stages[i]), i + 1 == stages.size()));
+    config.stages.push_back(detail::read_stage(detail::config_reader(file.name(), path, stages[i]),
+                                               i + 1 == stages.size()));
     const stage_config& stage = config.stages.back();
     const bool attends = stage.blocks == stage_config::kind::attention;
     if (attends && stage.dim % stage.heads != 0)
@@ -162,12 +165,13 @@ inline lite_medsam_config lite_medsam_config::from(const safetensors& file) {
   index_t strides = 1;
   for (const stage_config& stage : config.stages) strides *= stage.stride;
   if (config.image_size % strides != 0)
-    fail(file.name(), ": config image_size is ", config.image_size, ", not a multiple of the strides' ",
-         strides);
+    fail(file.name(), ": config image_size is ", config.image_size,
+         ", not a multiple of the strides' ", strides);
   if (config.embed_dim % 8 != 0 ||
       config.embed_dim % (config.decoder.attention_downsample * config.decoder.heads) != 0)
     fail(file.name(), ": config embed_dim ", config.embed_dim, " does not divide into ",
-         config.decoder.heads, " heads after downsampling by ", config.decoder.attention_downsample);
+         config.decoder.heads, " heads after downsampling by ",
+         config.decoder.attention_downsample);
   return config;
 }
 

@@ -20,13 +20,14 @@ struct load_options {
 /// any number of prompts are decoded on it.
 ///
 ///     image (256 x 256, 3) --encoder--> embedding (64 x 64, 256) --.
-///     boxes, points, mask  --prompts--> tokens, dense embedding ----+--decoder--> masks (256 x 256)
+///     boxes, points, mask  --prompts--> tokens, dense embedding ----+--decoder--> masks (256 x
+///     256)
 ///
 /// The weights, packed for this machine's kernels. Immutable: any number of sessions share it.
 class lite_medsam {
 public:
-  /// Maps and packs a model file that converters/convert.py wrote. Throws `error` naming the file and
-  /// the tensor where anything in it is not as expected.
+  /// Maps and packs a model file that converters/convert.py wrote. Throws `error` naming the file
+  /// and the tensor where anything in it is not as expected.
   static lite_medsam load(const std::filesystem::path& path, load_options options = {}) {
     safetensors file(path);
     lite_medsam model(file, options);
@@ -55,8 +56,8 @@ struct session_options {
   int threads = 0;  ///< 0: all that OpenMP would use
 };
 
-/// One stream of inference on a model: its memory, its threads and the image it has encoded. Not for
-/// several threads at once; make a session for each.
+/// One stream of inference on a model: its memory, its threads and the image it has encoded. Not
+/// for several threads at once; make a session for each.
 class session {
 public:
   /// `model` must outlive the session.
@@ -79,7 +80,8 @@ public:
     if (image.size() != side * side * model_.config.pixel_channels)
       fail("encode: the image has ", image.size(), " values, expected ", side, " x ", side, " x ",
            model_.config.pixel_channels);
-    model_.image_encoder(ws_, {image.data(), {side * side, model_.config.pixel_channels}}, embedding_);
+    model_.image_encoder(ws_, {image.data(), {side * side, model_.config.pixel_channels}},
+                         embedding_);
     use_no_mask();
   }
 
@@ -89,7 +91,8 @@ public:
   /// Takes an embedding made earlier by `encode` in place of encoding.
   void set_embedding(view<const float> embedding) {
     if (embedding.size() != embedding_.size())
-      fail("set_embedding: ", embedding.size(), " values, expected ", to_string(embedding_.extents()));
+      fail("set_embedding: ", embedding.size(), " values, expected ",
+           to_string(embedding_.extents()));
     std::copy(embedding.begin(), embedding.end(), embedding_.begin());
     use_no_mask();
   }
@@ -155,10 +158,10 @@ private:
     const index_t dim = model.config.embed_dim;
     const index_t tokens = model.image_encoder.embedding_size().tokens();
     const index_t boxes = arena::rounded(batch * prompt_encoder::box_tokens * dim) +
-                        model.decoder.memory(batch, prompt_encoder::box_tokens, dim);
-    const index_t clicks = arena::rounded((max_points + 2) * dim) + arena::rounded(tokens * dim) +
-                         std::max(model.prompts.memory(),
-                                  model.decoder.memory(1, max_points + 2, dim));
+                          model.decoder.memory(batch, prompt_encoder::box_tokens, dim);
+    const index_t clicks =
+        arena::rounded((max_points + 2) * dim) + arena::rounded(tokens * dim) +
+        std::max(model.prompts.memory(), model.decoder.memory(1, max_points + 2, dim));
     return std::max({model.image_encoder.memory(), boxes, clicks});
   }
   static std::size_t scratch_bytes(const lite_medsam& model) {

@@ -12,8 +12,8 @@ namespace microtome {
 class token_mlp {
 public:
   /// Reads `<name>.layers.0` to `<name>.layers.<depth - 1>`.
-  token_mlp(const safetensors& file, const std::string& name, index_t in, index_t hidden, index_t out,
-            index_t depth) {
+  token_mlp(const safetensors& file, const std::string& name, index_t in, index_t hidden,
+            index_t out, index_t depth) {
     for (index_t i = 0; i < depth; ++i)
       layers.emplace_back(file, name + ".layers." + std::to_string(i), i == 0 ? in : hidden,
                           i + 1 == depth ? out : hidden);
@@ -45,8 +45,9 @@ struct decoded_masks {
   view<float> iou_predictions;  ///< (prompts, masks)
 };
 
-/// SAM's mask decoder: the two-way transformer over output and prompt tokens, upscaling of the image
-/// tokens by four, and a small network per mask token that turns it into a 1x1 filter on them.
+/// SAM's mask decoder: the two-way transformer over output and prompt tokens, upscaling of the
+/// image tokens by four, and a small network per mask token that turns it into a 1x1 filter on
+/// them.
 class mask_decoder {
   inline static const std::string name_ = "mask_decoder";
 
@@ -67,8 +68,8 @@ public:
     std::copy(iou.begin(), iou.end(), output_tokens_.row(0));
     std::copy(masks.begin(), masks.end(), output_tokens_.row(1));
     for (index_t i = 0; i < mask_tokens_; ++i)
-      hypernetworks.emplace_back(
-          file, name_ + ".output_hypernetworks_mlps." + std::to_string(i), dim, dim, dim / 8, 3);
+      hypernetworks.emplace_back(file, name_ + ".output_hypernetworks_mlps." + std::to_string(i),
+                                 dim, dim, dim / 8, 3);
   }
 
   /// Tokens of a prompt in the transformer: IoU, masks, then those of the prompt encoder.
@@ -100,7 +101,8 @@ public:
     s.k = memory.take({prompts * pixels, inner()});
     s.v = memory.take({prompts * pixels, inner()});
     for (index_t p = 0; p < prompts; ++p) {
-      float* row = std::copy(output_tokens_.begin(), output_tokens_.end(), s.queries.row(p * s.tokens));
+      float* row =
+          std::copy(output_tokens_.begin(), output_tokens_.end(), s.queries.row(p * s.tokens));
       std::copy_n(sparse.data() + p * prompt_tokens * dim, prompt_tokens * dim, row);
     }
     std::copy(s.queries.begin(), s.queries.end(), first_queries.begin());
@@ -166,8 +168,8 @@ private:
     const view<float> filters = memory.take({count, s.prompts, filter()});
     for (index_t m = 0; m < count; ++m) {
       gather_token(s, 1 + first + m, token);
-      hypernetworks[static_cast<std::size_t>(first + m)](
-          ws, token, {filters.row(m), {s.prompts, filter()}});
+      hypernetworks[static_cast<std::size_t>(first + m)](ws, token,
+                                                         {filters.row(m), {s.prompts, filter()}});
     }
     const view<float> panels = memory.take({s.prompts, panel_floats()});
     for (index_t p = 0; p < s.prompts; ++p)

@@ -11,7 +11,8 @@
 
 namespace microtome {
 
-/// Threads that `threads = 0` stands for: what OpenMP would use (OMP_NUM_THREADS, the CPUs allowed).
+/// Threads that `threads = 0` stands for: what OpenMP would use (OMP_NUM_THREADS, the CPUs
+/// allowed).
 inline int default_threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();

@@ -43,9 +43,8 @@ public:
         mask_project_(linear::pointwise(file, name_ + ".mask_downscaling.6", config.mask_in_chans,
                                         config.embed_dim)) {
     for (int i = 0; i < 4; ++i)
-      points_[static_cast<std::size_t>(i)] =
-          file.read(name_ + ".point_embeddings." + std::to_string(i) + ".weight",
-                    {1, config.embed_dim});
+      points_[static_cast<std::size_t>(i)] = file.read(
+          name_ + ".point_embeddings." + std::to_string(i) + ".weight", {1, config.embed_dim});
     const index_t side = config.embedding_size();
     dense_position_ = tensor<float>(shape{side * side, config.embed_dim});
     for (index_t y = 0; y < side; ++y)
@@ -131,8 +130,8 @@ private:
   inline static const std::string name_ = "prompt_encoder";
   float image_size_;
   index_t mask_side_;
-  tensor<float> gaussian_;                // (2, embed_dim / 2)
-  std::array<tensor<float>, 4> points_;   // outside, inside, top left corner, bottom right corner
+  tensor<float> gaussian_;               // (2, embed_dim / 2)
+  std::array<tensor<float>, 4> points_;  // outside, inside, top left corner, bottom right corner
   tensor<float> not_a_point_;
   tensor<float> no_mask_;
   tensor<float> dense_position_;

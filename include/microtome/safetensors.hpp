@@ -19,11 +19,11 @@
 
 namespace microtome {
 
-/// Reader of safetensors files: 8 bytes of little-endian header length, a JSON header that maps each
-/// tensor's name to its dtype, shape and byte range, then the bytes. The format is described in the
-/// safetensors repository (https://github.com/huggingface/safetensors). The file is mapped, not read,
-/// and nothing in it is trusted: offsets, sizes, shapes, dtypes and overlaps are all checked at once,
-/// values when they are read.
+/// Reader of safetensors files: 8 bytes of little-endian header length, a JSON header that maps
+/// each tensor's name to its dtype, shape and byte range, then the bytes. The format is described
+/// in the safetensors repository (https://github.com/huggingface/safetensors). The file is mapped,
+/// not read, and nothing in it is trusted: offsets, sizes, shapes, dtypes and overlaps are all
+/// checked at once, values when they are read.
 class safetensors {
 public:
   struct entry {
@@ -51,8 +51,8 @@ public:
   const std::map<std::string, std::string, std::less<>>& metadata() const { return metadata_; }
   bool contains(std::string_view tensor_name) const { return entries_.contains(tensor_name); }
 
-  /// The tensor `tensor_name` as fp32; F16 and BF16 are widened. Throws `error` where it is missing,
-  /// has another shape than `expected`, another dtype, or holds a NaN or an infinity.
+  /// The tensor `tensor_name` as fp32; F16 and BF16 are widened. Throws `error` where it is
+  /// missing, has another shape than `expected`, another dtype, or holds a NaN or an infinity.
   tensor<float> read(std::string_view tensor_name, shape expected) const {
     const auto found = entries_.find(tensor_name);
     if (found == entries_.end())
@@ -83,7 +83,8 @@ private:
     std::memcpy(&header_size, bytes_.data(), 8);
     if (header_size > bytes_.size() - 8 || header_size > max_header)
       fail(name_, ": the header claims ", header_size, " bytes, but ", bytes_.size() - 8,
-           " bytes follow (and at most ", max_header, " are accepted): truncated, or not safetensors");
+           " bytes follow (and at most ", max_header,
+           " are accepted): truncated, or not safetensors");
     const auto* text = reinterpret_cast<const char*>(bytes_.data()) + 8;
     nlohmann::json header;
     try {
@@ -142,8 +143,8 @@ private:
     const auto begin = offsets[0].get<std::uint64_t>();
     const auto end = offsets[1].get<std::uint64_t>();
     if (begin > end || end > data_.size())
-      fail(name_, ": tensor '", key, "' lies at bytes ", begin, " to ", end, ", but the file holds ",
-           data_.size(), ": truncated?");
+      fail(name_, ": tensor '", key, "' lies at bytes ", begin, " to ", end,
+           ", but the file holds ", data_.size(), ": truncated?");
     const std::uint64_t width = dtype_size(e.dtype);
     if (width == 0) fail(name_, ": tensor '", key, "' has the unknown dtype '", e.dtype, "'");
     if (end - begin != count * width)
@@ -161,7 +162,8 @@ private:
     for (std::size_t i = 1; i < starts.size(); ++i) {
       const entry& before = entries_.find(*starts[i - 1].second)->second;
       if (before.bytes.data() + before.bytes.size() > starts[i].first)
-        fail(name_, ": tensors '", *starts[i - 1].second, "' and '", *starts[i].second, "' overlap");
+        fail(name_, ": tensors '", *starts[i - 1].second, "' and '", *starts[i].second,
+             "' overlap");
     }
   }
 
@@ -180,11 +182,12 @@ private:
       for (index_t i = 0; i < out.size(); ++i) {
         std::uint16_t half = 0;
         std::memcpy(&half, e.bytes.data() + 2 * i, 2);
-        out[i] = e.dtype == "BF16" ? std::bit_cast<float>(std::uint32_t{half} << 16)
-                                   : widen_half(half);
+        out[i] =
+            e.dtype == "BF16" ? std::bit_cast<float>(std::uint32_t{half} << 16) : widen_half(half);
       }
     } else {
-      fail(name_, ": tensor '", tensor_name, "' has dtype ", e.dtype, ", expected F32, F16 or BF16");
+      fail(name_, ": tensor '", tensor_name, "' has dtype ", e.dtype,
+           ", expected F32, F16 or BF16");
     }
   }
 

@@ -25,7 +25,8 @@ public:
   static constexpr int max_rank = 4;
 
   constexpr shape() = default;
-  constexpr shape(std::initializer_list<index_t> extents) : rank_(static_cast<int>(extents.size())) {
+  constexpr shape(std::initializer_list<index_t> extents)
+      : rank_(static_cast<int>(extents.size())) {
     if (rank_ > max_rank) fail("shape: at most ", max_rank, " dimensions, got ", rank_);
     std::copy(extents.begin(), extents.end(), extents_.begin());
   }
@@ -58,8 +59,7 @@ private:
 /// "(4096, 160)", as PyTorch and NumPy print it.
 inline std::string to_string(const shape& s) {
   std::string text = "(";
-  for (int axis = 0; axis < s.rank(); ++axis)
-    text += (axis ? ", " : "") + std::to_string(s[axis]);
+  for (int axis = 0; axis < s.rank(); ++axis) text += (axis ? ", " : "") + std::to_string(s[axis]);
   return text + ")";
 }
 
@@ -71,11 +71,7 @@ public:
   view(T* data, shape extents) : data_(data), shape_(extents) {}
 
   /// A view of T is also a view of const T.
-  operator view<const T>() const
-    requires(!std::is_const_v<T>)
-  {
-    return {data_, shape_};
-  }
+  operator view<const T>() const requires(!std::is_const_v<T>) { return {data_, shape_}; }
 
   T* data() const { return data_; }
   const shape& extents() const { return shape_; }
@@ -102,12 +98,10 @@ public:
   tensor() = default;
   explicit tensor(shape extents) : shape_(extents) {
     const std::size_t bytes = static_cast<std::size_t>(extents.size()) * sizeof(T);
-    data_ = static_cast<T*>(::operator new(bytes, std::align_val_t{alignment}));
+    data_ = static_cast<T*>(::operator new (bytes, std::align_val_t{alignment}));
     std::fill_n(data_, extents.size(), T{});
   }
-  tensor(const tensor& other) : tensor(other.shape_) {
-    std::copy_n(other.data_, size(), data_);
-  }
+  tensor(const tensor& other) : tensor(other.shape_) { std::copy_n(other.data_, size(), data_); }
   tensor(tensor&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), shape_(std::exchange(other.shape_, {})) {}
   tensor& operator=(tensor other) noexcept {
@@ -115,7 +109,7 @@ public:
     std::swap(shape_, other.shape_);
     return *this;
   }
-  ~tensor() { ::operator delete(data_, std::align_val_t{alignment}); }
+  ~tensor() { ::operator delete (data_, std::align_val_t{alignment}); }
 
   operator view<T>() { return {data_, shape_}; }
   operator view<const T>() const { return {data_, shape_}; }

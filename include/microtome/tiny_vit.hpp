@@ -93,8 +93,8 @@ public:
     for (const inverted_bottleneck& block : mbconv)
       bytes = std::max(bytes, block.scratch_bytes(size_));
     for (const tiny_vit_block& block : blocks)
-      bytes = std::max(
-          {bytes, block.attention.scratch_bytes(), block.feed_forward.scratch_bytes()});
+      bytes =
+          std::max({bytes, block.attention.scratch_bytes(), block.feed_forward.scratch_bytes()});
     return bytes;
   }
 
@@ -182,8 +182,9 @@ private:
   index_t map_floats() const {
     index_t floats = image_.tokens() * embed.out();
     for (const tiny_vit_stage& stage : stages)
-      floats = std::max({floats, stage.size().tokens() * stage.dim(),
-                         stage.out_size().tokens() * std::max(stage.out_dim(), neck_project.out())});
+      floats =
+          std::max({floats, stage.size().tokens() * stage.dim(),
+                    stage.out_size().tokens() * std::max(stage.out_dim(), neck_project.out())});
     return floats;
   }
 

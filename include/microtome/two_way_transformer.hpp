@@ -30,8 +30,8 @@ public:
 
   /// Serial: head `head` of n_q dense query rows against n_k dense key and value rows, all of
   /// `inner` floats.
-  void attend(index_t head, index_t n_q, const float* q, index_t n_k, const float* k, const float* v,
-              float* out, scratch memory) const {
+  void attend(index_t head, index_t n_q, const float* q, index_t n_k, const float* k,
+              const float* v, float* out, scratch memory) const {
     const index_t dim = inner() / heads_;
     const index_t offset = head * dim;
     const auto rows = [&](auto* first, index_t count) {
@@ -66,14 +66,14 @@ private:
 
 /// The activations of a batch of prompts on one image, as they pass through the transformer.
 struct two_way_state {
-  index_t prompts = 0;              ///< in the batch
-  index_t tokens = 0;               ///< per prompt
-  view<float> queries;            ///< (prompts * tokens, dim)
-  view<const float> token_position;  ///< (prompts * tokens, dim): the queries as they began
-  view<float> keys;               ///< (prompts * pixels, dim), once a layer has written it
+  index_t prompts = 0;                 ///< in the batch
+  index_t tokens = 0;                  ///< per prompt
+  view<float> queries;                 ///< (prompts * tokens, dim)
+  view<const float> token_position;    ///< (prompts * tokens, dim): the queries as they began
+  view<float> keys;                    ///< (prompts * pixels, dim), once a layer has written it
   const float* shared_keys = nullptr;  ///< (pixels, dim): what all prompts see before that
   view<const float> pixel_position;    ///< (pixels, dim)
-  view<float> k, v;               ///< (prompts * pixels, inner): keys and values of the pixels
+  view<float> k, v;                    ///< (prompts * pixels, inner): keys and values of the pixels
 
   index_t pixels() const { return pixel_position.extent(0); }
   index_t dim() const { return pixel_position.extent(1); }
@@ -88,8 +88,8 @@ struct two_way_state {
 class token_to_image_attention {
 public:
   token_to_image_attention() = default;
-  token_to_image_attention(const safetensors& file, const std::string& name, index_t dim, index_t inner,
-                           index_t heads)
+  token_to_image_attention(const safetensors& file, const std::string& name, index_t dim,
+                           index_t inner, index_t heads)
       : attention_(file, name, dim, inner, heads) {}
 
   index_t inner() const { return attention_.inner(); }
@@ -102,7 +102,8 @@ public:
     const view<float> positioned = memory.take({n, s.dim()});
     const view<float> q = memory.take({n, inner});
     const view<float> attended = memory.take({n, inner});
-    kernels::active().add(n * s.dim(), s.queries.data(), s.token_position.data(), positioned.data());
+    kernels::active().add(n * s.dim(), s.queries.data(), s.token_position.data(),
+                          positioned.data());
     attention_.q_proj(ws, positioned, q);
     ws.parallel(s.prompts * attention_.heads(), [&](index_t task, scratch local) {
       const index_t prompt = task / attention_.heads();
@@ -153,8 +154,8 @@ private:
 class image_to_token_attention {
 public:
   image_to_token_attention() = default;
-  image_to_token_attention(const safetensors& file, const std::string& name, const std::string& norm,
-                           index_t dim, index_t inner, index_t heads)
+  image_to_token_attention(const safetensors& file, const std::string& name,
+                           const std::string& norm, index_t dim, index_t inner, index_t heads)
       : attention_(file, name, dim, inner, heads), norm_(file, norm, dim) {}
 
   void operator()(workspace& ws, two_way_state& s) const {
@@ -164,7 +165,8 @@ public:
     const view<float> positioned = memory.take({n, s.dim()});
     const view<float> k = memory.take({n, inner});
     const view<float> v = memory.take({n, inner});
-    kernels::active().add(n * s.dim(), s.queries.data(), s.token_position.data(), positioned.data());
+    kernels::active().add(n * s.dim(), s.queries.data(), s.token_position.data(),
+                          positioned.data());
     attention_.k_proj(ws, positioned, k);
     attention_.v_proj(ws, s.queries, v);
 
@@ -189,8 +191,8 @@ public:
   }
 
 private:
-  void update_block(const two_way_state& s, index_t prompt, index_t row, index_t count, const float* k,
-                    const float* v, scratch memory) const {
+  void update_block(const two_way_state& s, index_t prompt, index_t row, index_t count,
+                    const float* k, const float* v, scratch memory) const {
     const float* tokens = s.image_tokens(prompt) + row * s.dim();
     const index_t inner = attention_.inner();
     float* positioned = memory.take<float>(token_block * s.dim());
@@ -220,8 +222,8 @@ private:
 /// image to tokens; LayerNorm after each.
 class two_way_layer {
 public:
-  /// The first layer has no position encoding and no residual in its self-attention: its queries are
-  /// their own position encoding.
+  /// The first layer has no position encoding and no residual in its self-attention: its queries
+  /// are their own position encoding.
   two_way_layer(const safetensors& file, const std::string& name, const lite_medsam_config& config,
                 bool first)
       : first_(first) {
@@ -287,8 +289,8 @@ private:
     self_attention.v_proj(ws, s.queries, v);
     ws.parallel(s.prompts * self_attention.heads(), [&](index_t task, scratch local) {
       const index_t row = task / self_attention.heads() * s.tokens;
-      self_attention.attend(task % self_attention.heads(), s.tokens, q.row(row), s.tokens, k.row(row),
-                            v.row(row), attended.row(row), local);
+      self_attention.attend(task % self_attention.heads(), s.tokens, q.row(row), s.tokens,
+                            k.row(row), v.row(row), attended.row(row), local);
     });
     self_attention.out_proj(ws, attended, s.queries, activation::none,
                             first_ ? nullptr : s.queries.data());

@@ -10,15 +10,15 @@
 
 namespace microtome {
 
-/// Memory for activations: one block, handed out and given back in the order of a stack. It is sized
-/// when the model is loaded, and inference never allocates.
+/// Memory for activations: one block, handed out and given back in the order of a stack. It is
+/// sized when the model is loaded, and inference never allocates.
 class arena {
 public:
   arena() = default;
   explicit arena(index_t floats) : block_(shape{floats}) {}
 
-  /// Uninitialised floats, 64-byte aligned. Throws `error` where the block is too small, which means
-  /// that a module's workspace() and its forward() disagree.
+  /// Uninitialised floats, 64-byte aligned. Throws `error` where the block is too small, which
+  /// means that a module's workspace() and its forward() disagree.
   float* take(index_t floats) {
     float* taken = block_.data() + used_;
     used_ += rounded(floats);
@@ -118,7 +118,8 @@ public:
   }
 
   bool tracing(std::string_view name) const { return trace && trace->wants(name); }
-  void record(std::string_view name, view<const float> value, layout order, index_t width = 0) const {
+  void record(std::string_view name, view<const float> value, layout order,
+              index_t width = 0) const {
     if (tracing(name)) trace->record(name, value, order, width);
   }
 

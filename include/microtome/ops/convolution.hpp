@@ -118,7 +118,8 @@ public:
   transposed_convolution2x2() = default;
 
   /// Reads `<name>.weight` (in, out, 2, 2) and `<name>.bias` (out).
-  transposed_convolution2x2(const safetensors& file, const std::string& name, index_t in, index_t out)
+  transposed_convolution2x2(const safetensors& file, const std::string& name, index_t in,
+                            index_t out)
       : out_(out), bias_(shape{2 * out}) {
     const tensor<float> read = file.read(name + ".weight", {in, out, 2, 2});
     const tensor<float> bias = file.read(name + ".bias", {out});

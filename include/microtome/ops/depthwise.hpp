@@ -25,7 +25,9 @@ public:
 
   /// Reads `<name>.weight` (channels, 1, 3, 3) and `<name>.bias` (channels).
   depthwise3x3(const safetensors& file, const std::string& name, index_t channels, index_t stride)
-      : stride_(stride), weights_(shape{9, channels}), bias_(file.read(name + ".bias", {channels})) {
+      : stride_(stride),
+        weights_(shape{9, channels}),
+        bias_(file.read(name + ".bias", {channels})) {
     const tensor<float> read = file.read(name + ".weight", {channels, 1, 3, 3});
     for (index_t c = 0; c < channels; ++c)
       for (index_t tap = 0; tap < 9; ++tap) weights_[tap * channels + c] = read[c * 9 + tap];
@@ -34,8 +36,8 @@ public:
   index_t channels() const { return bias_.size(); }
   index_t stride() const { return stride_; }
 
-  /// Serial: `n_out` pixels of one row from three rows of `n_in` pixels (null: zeros). The centre of
-  /// output x is input column x * stride + first.
+  /// Serial: `n_out` pixels of one row from three rows of `n_in` pixels (null: zeros). The centre
+  /// of output x is input column x * stride + first.
   void row(const float* const (&in)[3], index_t n_in, index_t first, index_t n_out, float* result,
            activation act = activation::none) const {
     kernels::active().depthwise3x3({.rows = {in[0], in[1], in[2]},

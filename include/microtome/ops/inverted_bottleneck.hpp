@@ -11,8 +11,8 @@ namespace microtome {
 /// 1x1 convolution, GELU, depthwise 3x3, GELU, 1x1 convolution: the body of MBConv (Sandler et al.,
 /// MobileNetV2, 2018) and of TinyViT's patch merging, fused by rows.
 ///
-/// A task makes a strip of output columns over a band of output rows. It keeps the three hidden rows
-/// that the depthwise convolution looks at in a ring in L2, so the hidden tensor (67 MB for 64
+/// A task makes a strip of output columns over a band of output rows. It keeps the three hidden
+/// rows that the depthwise convolution looks at in a ring in L2, so the hidden tensor (67 MB for 64
 /// channels expanded to 256 at 256 x 256) is never written to memory. Strips compute the hidden
 /// columns at their sides twice (2 of 66), bands their first rows.
 class inverted_bottleneck {
@@ -66,13 +66,14 @@ private:
 
   /// Output columns of a strip: the ring and the row after it take at most 256 KiB.
   index_t strip_columns(index_t width) const {
-    const index_t fit = 256 * 1024 / static_cast<index_t>(sizeof(float)) / ((3 * stride() + 1) * hidden());
+    const index_t fit =
+        256 * 1024 / static_cast<index_t>(sizeof(float)) / ((3 * stride() + 1) * hidden());
     return std::min(width, std::max<index_t>(fit, 8));
   }
   index_t input_columns(index_t columns) const { return (columns - 1) * stride() + 3; }
 
-  void make_tile(map_size size, view<const float> x, view<float> result, index_t x0, index_t columns,
-                 index_t y0, index_t rows, scratch memory) const {
+  void make_tile(map_size size, view<const float> x, view<float> result, index_t x0,
+                 index_t columns, index_t y0, index_t rows, scratch memory) const {
     const map_size out_size = size.strided(stride());
     const index_t in0 = std::max<index_t>(0, x0 * stride() - 1);
     const index_t in1 = std::min(size.width, (x0 + columns - 1) * stride() + 2);
@@ -108,7 +109,8 @@ private:
     }
   }
 
-  void project_row(const float* hidden_row, index_t count, const float* residual, float* result) const {
+  void project_row(const float* hidden_row, index_t count, const float* residual,
+                   float* result) const {
     for (index_t i = 0; i < count; i += token_block) {
       const index_t n = std::min(token_block, count - i);
       const row_pointers<const float> from(hidden_row + i * hidden(), hidden(), n);

@@ -17,7 +17,9 @@ using kernels::activation;
 inline constexpr index_t token_block = 96;
 
 /// How many blocks of `token_block` cover n tokens.
-constexpr index_t block_count(index_t n) { return (n + token_block - 1) / token_block; }
+constexpr index_t block_count(index_t n) {
+  return (n + token_block - 1) / token_block;
+}
 
 /// Pointers to `count` rows of `stride` floats, the way kernels take a matrix.
 template <class T>

@@ -21,9 +21,9 @@ enum class padding {
 /// Multi-head attention within non-overlapping windows, with learned relative position biases
 /// (Wu et al., TinyViT, 2022): LayerNorm, QKV, attention, projection, residual.
 ///
-/// Windows are never padded. TinyViT pads the map with zero tokens *before* the LayerNorm, which maps
-/// them to its beta, so all of them carry one key k0 and one value v0. Their sum in the softmax of
-/// query i is
+/// Windows are never padded. TinyViT pads the map with zero tokens *before* the LayerNorm, which
+/// maps them to its beta, so all of them carry one key k0 and one value v0. Their sum in the
+/// softmax of query i is
 ///
 ///     sum over padded p of exp(s q_i.k0 + b(i, p)) = exp(s q_i.k0 + c_i),
 ///     c_i = log sum over padded p of exp(b(i, p)),
@@ -79,8 +79,8 @@ private:
   /// The windows of one shape (rows x columns) share their biases.
   struct window_shape {
     index_t rows, columns;
-    index_t keys;            ///< rows * columns, and one more where there is a virtual key
-    index_t stride;          ///< floats from one query's biases to the next
+    index_t keys;          ///< rows * columns, and one more where there is a virtual key
+    index_t stride;        ///< floats from one query's biases to the next
     tensor<float> biases;  ///< (heads, rows * columns, stride); -infinity beyond `keys`
   };
   struct window_place {
@@ -90,7 +90,9 @@ private:
 
   index_t dim() const { return project_.out(); }
   index_t head_dim() const { return dim() / heads_; }
-  bool is_partial(index_t rows, index_t columns) const { return rows < window_ || columns < window_; }
+  bool is_partial(index_t rows, index_t columns) const {
+    return rows < window_ || columns < window_;
+  }
 
   /// k0 and v0: the QKV layer applied to the LayerNorm's beta, in double precision.
   void find_virtual_key(const safetensors& file) {
@@ -111,7 +113,8 @@ private:
         const index_t rows = std::min(window_, size_.height - y);
         const index_t columns = std::min(window_, size_.width - x);
         std::size_t s = 0;
-        while (s < shapes_.size() && (shapes_[s].rows != rows || shapes_[s].columns != columns)) ++s;
+        while (s < shapes_.size() && (shapes_[s].rows != rows || shapes_[s].columns != columns))
+          ++s;
         if (s == shapes_.size()) shapes_.push_back(expand_biases(biases, rows, columns));
         places_.push_back({y, x, s});
       }
@@ -194,8 +197,8 @@ private:
            .scale = 1.0f / std::sqrt(static_cast<float>(head_dim())),
            .bias = s.biases.data() + head * s.rows * s.columns * s.stride,
            .bias_stride = s.stride,
-           .scratch = memory.take<float>(kernels::active().attention_scratch(
-               s.keys, head_dim(), head_dim()))});
+           .scratch = memory.take<float>(
+               kernels::active().attention_scratch(s.keys, head_dim(), head_dim()))});
     });
   }
 
