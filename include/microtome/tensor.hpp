@@ -111,6 +111,14 @@ public:
   }
   ~tensor() { ::operator delete (data_, std::align_val_t{alignment}); }
 
+  /// The same elements with other extents of the same size, given up by this tensor.
+  tensor reshaped(shape extents) && {
+    if (extents.size() != shape_.size())
+      fail("tensor: ", to_string(shape_), " cannot become ", to_string(extents));
+    shape_ = extents;
+    return std::move(*this);
+  }
+
   operator view<T>() { return {data_, shape_}; }
   operator view<const T>() const { return {data_, shape_}; }
 

@@ -27,7 +27,7 @@ public:
   void operator()(workspace& ws, view<float> x, view<float> other) const {
     attention(ws, x, other);
     local_conv(ws, size_, x, other);
-    if (ws.tracing(name_)) ws.record(name_ + ".local_conv", other, layout::pixels, size_.width);
+    if (ws.trace) ws.record(name_ + ".local_conv", other, layout::pixels, size_.width);
     feed_forward(ws, other, x);
     ws.record(name_, x, layout::tokens);
   }

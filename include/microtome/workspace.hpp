@@ -87,7 +87,7 @@ enum class layout { pixels, tokens };
 class tracer {
 public:
   virtual ~tracer() = default;
-  /// Whether anything at or below `name` is wanted: it may cost work that inference would not do.
+  /// Whether `name` is wanted: it may cost work that inference would not do.
   virtual bool wants(std::string_view name) const = 0;
   /// `value` is (rows, channels); for pixels `width` is that of the map.
   virtual void record(std::string_view name, view<const float> value, layout order,

@@ -58,7 +58,7 @@ public:
       make_tile(size, x, result, x0, std::min(strip, out_size.width - x0), y0,
                 std::min(band, out_size.height - y0), memory);
     });
-    if (ws.tracing(name_)) record_parts(ws, size, x);
+    if (ws.trace) record_parts(ws, size, x);
   }
 
 private:
@@ -124,6 +124,9 @@ private:
 
   /// The parts one by one, unfused: for traces only.
   void record_parts(workspace& ws, map_size size, view<const float> x) const {
+    if (!ws.tracing(name_ + ".conv1") && !ws.tracing(name_ + ".conv2") &&
+        !ws.tracing(name_ + ".conv3"))
+      return;
     const map_size out_size = size.strided(stride());
     tensor<float> expanded(shape{size.tokens(), hidden()});
     expand_(ws, x, expanded);

@@ -1,0 +1,185 @@
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include <sys/resource.h>
+
+#include <kernels/table.hpp>
+#include <microtome/macs.hpp>
+#include <microtome/microtome.hpp>
+
+#include "commands.hpp"
+
+namespace microtome::app {
+
+namespace {
+
+using clock = std::chrono::steady_clock;
+
+double milliseconds_since(clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(clock::now() - start).count();
+}
+
+/// Times in ms of repeated runs.
+struct timings {
+  std::vector<double> ms;
+
+  double median() const {
+    std::vector<double> sorted = ms;
+    std::sort(sorted.begin(), sorted.end());
+    const std::size_t n = sorted.size();
+    return n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
+  }
+  double min() const { return *std::min_element(ms.begin(), ms.end()); }
+  double max() const { return *std::max_element(ms.begin(), ms.end()); }
+  nlohmann::ordered_json json() const {
+    return {{"min", min()}, {"median", median()}, {"max", max()}};
+  }
+};
+
+/// Takes the time at the end of each stage of the encoder.
+class stopwatch : public tracer {
+public:
+  bool wants(std::string_view name) const override { return !stage(name).empty(); }
+
+  void record(std::string_view name, view<const float>, layout, index_t) override {
+    const std::string current = stage(name);
+    const auto now = clock::now();
+    if (stages_.empty() || stages_.back().first != current) stages_.emplace_back(current, 0.0);
+    stages_.back().second += std::chrono::duration<double, std::milli>(now - last_).count();
+    last_ = now;
+  }
+
+  void start() { last_ = clock::now(); }
+  const std::vector<std::pair<std::string, double>>& stages() const { return stages_; }
+
+private:
+  /// The stage that a record of `name` ends or is part of; empty for what must not be recorded,
+  /// since it would cost work that inference does not do.
+  static std::string stage(std::string_view name) {
+    constexpr std::string_view encoder = "image_encoder.";
+    if (name == "image_embedding") return "neck";
+    if (!name.starts_with(encoder)) return "";
+    name.remove_prefix(encoder.size());
+    if (name == "patch_embed") return "patch_embed";
+    if (name.starts_with("layers.") && std::count(name.begin(), name.end(), '.') == 3)
+      return name.find(".blocks.") == name.npos ? "" : std::string(name.substr(0, 8));
+    return "";
+  }
+
+  clock::time_point last_{};
+  std::vector<std::pair<std::string, double>> stages_;
+};
+
+/// FLOP/s of the FMA units with all threads busy: the best of a few tries.
+double measure_peak(int threads) {
+  const kernels::table& k = kernels::active();
+  double best = 0;
+  for (int attempt = 0; attempt < 5; ++attempt) {
+    std::vector<double> flops(static_cast<std::size_t>(threads));
+    const auto start = clock::now();
+    parallel_for(threads, threads, [&](index_t task, int) {
+      flops[static_cast<std::size_t>(task)] = k.fma_peak(2'000'000);
+    });
+    double total = 0;
+    for (const double f : flops) total += f;
+    best = std::max(best, total / milliseconds_since(start) / 1e6);
+  }
+  return best;
+}
+
+double peak_rss_mb() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+  return static_cast<double>(usage.ru_maxrss) / 1e6;
+#else
+  return static_cast<double>(usage.ru_maxrss) * 1024 / 1e6;
+#endif
+}
+
+struct bench_options {
+  std::string model;
+  int threads = 0, runs = 10;
+  bool json = false;
+};
+
+/// An image of noise: no kernel's time depends on the values.
+tensor<float> make_image(index_t side) {
+  tensor<float> image(shape{side * side, 3});
+  std::uint32_t state = 1;
+  for (float& value : image) {
+    state = state * 1664525u + 1013904223u;
+    value = static_cast<float>(state >> 8) / static_cast<float>(1 << 24);
+  }
+  return image;
+}
+
+int run_bench(const bench_options& options) {
+  const lite_medsam model = lite_medsam::load(options.model);
+  session s(model, {.threads = options.threads});
+  const index_t side = model.config.image_size;
+  const tensor<float> image = make_image(side);
+  const auto edge = static_cast<float>(side);
+  const box one[] = {{edge / 4, edge / 4, edge * 3 / 4, edge * 3 / 4}};
+
+  timings encoder, decoder;
+  double peak = 0;
+  s.encode(image);
+  static_cast<void>(s.decode(one));
+  for (int run = 0; run < options.runs; ++run) {
+    auto start = clock::now();
+    s.encode(image);
+    encoder.ms.push_back(milliseconds_since(start));
+    start = clock::now();
+    static_cast<void>(s.decode(one));
+    decoder.ms.push_back(milliseconds_since(start));
+    if (run == options.runs / 2) peak = measure_peak(s.threads());
+  }
+  const double gflops = 2e-6 * static_cast<double>(encoder_macs(model.config)) / encoder.median();
+
+  if (options.json) {
+    const nlohmann::ordered_json result = {
+        {"model", options.model},       {"precision", "fp32"},  {"target", kernels::active().name},
+        {"threads", s.threads()},       {"runs", options.runs}, {"encoder_ms", encoder.json()},
+        {"decoder_ms", decoder.json()}, {"gflops", gflops},     {"peak_gflops", peak},
+        {"peak_rss_mb", peak_rss_mb()}};
+    std::printf("%s\n", result.dump().c_str());
+    return 0;
+  }
+  std::printf("%s, %d threads, %d runs, fp32\n", kernels::active().description, s.threads(),
+              options.runs);
+  std::printf("             median     min     max  ms\n");
+  std::printf("encoder     %7.1f %7.1f %7.1f\n", encoder.median(), encoder.min(), encoder.max());
+  std::printf("decoder     %7.1f %7.1f %7.1f    one box\n", decoder.median(), decoder.min(),
+              decoder.max());
+  std::printf("encoder     %.1f GFLOP/s of useful work, %.0f %% of the measured peak of %.1f\n",
+              gflops, 100 * gflops / peak, peak);
+  std::printf("memory      %.0f MB at most\n\nstages of one run, ms\n", peak_rss_mb());
+  stopwatch watch;
+  s.set_tracer(&watch);
+  watch.start();
+  s.encode(image);
+  for (const auto& [name, ms] : watch.stages()) std::printf("%-11s %7.1f\n", name.c_str(), ms);
+  return 0;
+}
+
+}  // namespace
+
+command add_bench(CLI::App& app) {
+  const auto options = std::make_shared<bench_options>();
+  app.add_option("-m,--model", options->model, "model file")->required();
+  app.add_option("--threads", options->threads, "threads; 0: every CPU")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  app.add_option("--runs", options->runs, "timed runs")
+      ->check(CLI::Range(1, 1000000))
+      ->capture_default_str();
+  app.add_flag("--json", options->json, "print one JSON object");
+  return [options] { return run_bench(*options); };
+}
+
+}  // namespace microtome::app

@@ -1,0 +1,57 @@
+#include <cstdio>
+#include <string>
+
+#include <kernels/table.hpp>
+#include <microtome/macs.hpp>
+#include <microtome/microtome.hpp>
+
+#include "commands.hpp"
+
+namespace microtome::app {
+
+namespace {
+
+void show_model(const std::string& path) {
+  const safetensors file(path);
+  const lite_medsam_config config = lite_medsam_config::from(file);
+  index_t parameters = 0;
+  for (const auto& [name, entry] : file.tensors()) parameters += entry.extents.size();
+  std::printf("\nfile          %s\n", path.c_str());
+  for (const auto& [key, value] : file.metadata())
+    if (key != "config") std::printf("%-13s %s\n", key.c_str(), value.c_str());
+  std::printf("parameters    %.2f M in %zu tensors\n", static_cast<double>(parameters) / 1e6,
+              file.tensors().size());
+  std::printf("input         %td x %td x %td\n", config.image_size, config.image_size,
+              config.pixel_channels);
+  std::printf("encoder       %.2f GMAC without padding\n",
+              static_cast<double>(encoder_macs(config)) / 1e9);
+  for (std::size_t i = 0; i < config.stages.size(); ++i) {
+    const stage_config& s = config.stages[i];
+    if (s.blocks == stage_config::kind::conv)
+      std::printf("  layers.%zu    %td MBConv, %td channels, expanded %td times\n", i, s.depth,
+                  s.dim, s.expand);
+    else
+      std::printf("  layers.%zu    %td blocks, %td channels, %td heads, windows %td x %td\n", i,
+                  s.depth, s.dim, s.heads, s.window, s.window);
+  }
+  std::printf("\n");
+  for (const auto& [name, entry] : file.tensors())
+    std::printf("%-5s %-20s %s\n", entry.dtype.c_str(), to_string(entry.extents).c_str(),
+                name.c_str());
+}
+
+}  // namespace
+
+command add_info(CLI::App& app) {
+  const auto model = std::make_shared<std::string>();
+  app.add_option("-m,--model", *model, "model file");
+  return [model] {
+    const kernels::table& k = kernels::active();
+    std::printf("version       %s\ntarget        %s: %s\nthreads       %d\n", MICROTOME_VERSION,
+                k.name, k.description, default_threads());
+    if (!model->empty()) show_model(*model);
+    return 0;
+  };
+}
+
+}  // namespace microtome::app

@@ -1,0 +1,224 @@
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <microtome/io/case.hpp>
+#include <microtome/io/overlay.hpp>
+#include <microtome/microtome.hpp>
+
+#include "commands.hpp"
+#include "progress.hpp"
+
+namespace microtome::app {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+struct segment_options {
+  std::string model;
+  std::vector<std::string> inputs;
+  std::string output;
+  std::string overlay;
+  std::vector<std::string> boxes;
+  std::string padding = "exact";
+  int threads = 0;
+  int workers = 1;
+};
+
+struct job {
+  fs::path input, output;
+};
+
+bool is_png(const fs::path& path) {
+  return path.extension() == ".png";
+}
+
+pixel_box parse_box(const std::string& text) {
+  pixel_box b;
+  long x0 = 0, y0 = 0, x1 = 0, y1 = 0;
+  char rest = 0;
+  if (std::sscanf(text.c_str(), "%ld,%ld,%ld,%ld%c", &x0, &y0, &x1, &y1, &rest) != 4)
+    throw usage_error("--box " + text + ": expected four whole numbers x0,y0,x1,y1");
+  b = {x0, y0, x1, y1};
+  return b;
+}
+
+/// The files to segment, folders replaced by the cases in them, and where each goes.
+std::vector<job> find_jobs(const segment_options& options) {
+  std::vector<fs::path> files;
+  for (const std::string& input : options.inputs) {
+    if (!fs::exists(input)) throw usage_error(input + ": no such file or folder");
+    if (!fs::is_directory(input)) {
+      files.emplace_back(input);
+      continue;
+    }
+    std::vector<fs::path> found;
+    for (const fs::directory_entry& entry : fs::directory_iterator(input))
+      if (entry.path().extension() == ".npz" || (is_png(entry.path()) && !options.boxes.empty()))
+        found.push_back(entry.path());
+    if (found.empty()) throw usage_error(input + ": no .npz cases in this folder");
+    std::sort(found.begin(), found.end());
+    files.insert(files.end(), found.begin(), found.end());
+  }
+  std::vector<job> jobs;
+  std::map<fs::path, fs::path> sources;
+  for (const fs::path& file : files) {
+    if (!is_png(file) && file.extension() != ".npz")
+      throw usage_error(file.string() + ": expected .npz or .png");
+    if (is_png(file) && options.boxes.empty())
+      throw usage_error(file.string() + ": an image needs at least one --box x0,y0,x1,y1");
+    const fs::path output = fs::path(options.output) / file.filename();
+    std::error_code ignored;
+    if (fs::equivalent(file, output, ignored))
+      throw usage_error(output.string() + ": the output would replace the input");
+    if (const auto [other, added] = sources.emplace(output, file); !added)
+      throw usage_error(file.string() + " and " + other->second.string() +
+                        " would both be written to " + output.string());
+    jobs.push_back({file, output});
+  }
+  if (!options.boxes.empty() &&
+      std::none_of(files.begin(), files.end(), [](const fs::path& f) { return is_png(f); }))
+    throw usage_error("--box is for PNG images; .npz cases bring their own boxes");
+  return jobs;
+}
+
+/// Makes a folder that files can be written to, or says at once why that cannot be.
+void make_folder(const fs::path& folder) {
+  std::error_code failed;
+  fs::create_directories(folder, failed);
+  if (failed) fail(folder.string(), ": cannot be created: ", failed.message());
+  const fs::path probe = folder / ".microtome_probe";
+  io::replace_file(probe, {});
+  fs::remove(probe, failed);
+}
+
+void write_overlay(const fs::path& path, view<const std::uint8_t> image,
+                   view<const std::uint16_t> labels, const std::vector<io::labelled_box>& boxes) {
+  io::write_png(path, io::make_overlay(image, labels, boxes));
+}
+
+void write_overlays(const fs::path& folder, const std::string& stem, const io::image_case& c,
+                    const label_map& labels) {
+  std::vector<io::labelled_box> boxes;
+  for (const pixel_box& b : c.boxes) boxes.push_back({b, static_cast<int>(boxes.size()) + 1});
+  write_overlay(folder / (stem + ".png"), c.image, labels, boxes);
+}
+
+/// One picture for each slice that is the middle of an object.
+void write_overlays(const fs::path& folder, const std::string& stem, const io::volume_case& c,
+                    const label_map& labels) {
+  const index_t height = c.volume.extent(1), width = c.volume.extent(2);
+  std::set<index_t> slices;
+  for (const voxel_box& b : c.boxes) slices.insert(middle_slice(b));
+  for (const index_t z : slices) {
+    std::vector<io::labelled_box> boxes;
+    for (std::size_t i = 0; i < c.boxes.size(); ++i)
+      if (const voxel_box& b = c.boxes[i]; b.z0 <= z && z <= b.z1)
+        boxes.push_back({{b.x0, b.y0, b.x1, b.y1}, static_cast<int>(i) + 1});
+    char name[32];
+    std::snprintf(name, sizeof name, "_z%03td.png", z);
+    write_overlay(folder / (stem + name), {c.volume.row(z), {height, width, 1}},
+                  {labels.row(z), {height, width}}, boxes);
+  }
+}
+
+/// Reads, segments and writes one case; returns a description of it.
+std::string run_job(const job& j, const segment_options& options, session& s,
+                    const std::vector<pixel_box>& boxes, const progress_callback& step) {
+  const auto start = std::chrono::steady_clock::now();
+  const io::segmentation_case input =
+      is_png(j.input) ? io::image_case{io::read_png(j.input), boxes} : io::read_case(j.input);
+  const std::string stem = j.input.stem().string();
+  char text[96];
+  const auto describe = [&](index_t slices, std::size_t objects) {
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    std::snprintf(text, sizeof text, "%td slice%s, %zu box%s, %.2f s", slices,
+                  slices == 1 ? "" : "s", objects, objects == 1 ? "" : "es", took.count());
+  };
+  if (const auto* image = std::get_if<io::image_case>(&input)) {
+    const label_map labels = segment(s, image->image, image->boxes);
+    is_png(j.input) ? io::write_label_png(j.output, labels) : io::write_segs(j.output, labels);
+    if (!options.overlay.empty()) write_overlays(options.overlay, stem, *image, labels);
+    describe(1, image->boxes.size());
+  } else {
+    const auto& volume = std::get<io::volume_case>(input);
+    const label_map labels = segment(s, volume.volume, volume.boxes, step);
+    io::write_segs(j.output, labels);
+    if (!options.overlay.empty()) write_overlays(options.overlay, stem, volume, labels);
+    describe(volume.volume.extent(0), volume.boxes.size());
+  }
+  return text;
+}
+
+int run_segment(const segment_options& options) {
+  const std::vector<job> jobs = find_jobs(options);
+  std::vector<pixel_box> boxes;
+  for (const std::string& text : options.boxes) boxes.push_back(parse_box(text));
+  make_folder(options.output);
+  if (!options.overlay.empty()) make_folder(options.overlay);
+  const lite_medsam model = lite_medsam::load(
+      options.model, {.windows = options.padding == "exact" ? padding::exact : padding::dropped});
+
+  const auto workers = std::min(static_cast<std::size_t>(options.workers), jobs.size());
+  const int threads = options.threads > 0 ? options.threads : default_threads();
+  const int share = std::max(1, threads / static_cast<int>(workers));
+  progress report(jobs.size(), workers);
+  std::atomic<std::size_t> next = 0;
+  const auto work = [&](std::size_t worker) {
+    session s(model, {.threads = share});
+    for (std::size_t i = next++; i < jobs.size(); i = next++) {
+      const std::string name = jobs[i].input.filename().string();
+      try {
+        const std::string what =
+            run_job(jobs[i], options, s, boxes,
+                    [&](index_t done, index_t total) { report.step(worker, done, total); });
+        report.finished(worker, name, what);
+      } catch (const std::bad_alloc&) {
+        report.failed(worker, name, "not enough memory");
+      } catch (const std::exception& e) {
+        report.failed(worker, name, e.what());
+      }
+    }
+  };
+  std::vector<std::jthread> others;
+  for (std::size_t worker = 1; worker < workers; ++worker) others.emplace_back(work, worker);
+  work(0);
+  others.clear();
+  return report.failures() ? 1 : 0;
+}
+
+}  // namespace
+
+command add_segment(CLI::App& app) {
+  const auto options = std::make_shared<segment_options>();
+  app.add_option("-m,--model", options->model, "model file (converters/convert.py writes it)")
+      ->required();
+  app.add_option("-i,--input", options->inputs, ".npz cases, PNG images, or folders of them")
+      ->required();
+  app.add_option("-o,--output", options->output, "folder for the results, under the inputs' names")
+      ->required();
+  app.add_option("--overlay", options->overlay, "folder for pictures of the results");
+  app.add_option("--box", options->boxes, "box x0,y0,x1,y1 in pixels, for PNG images; repeatable")
+      ->take_all();
+  app.add_option("--padding", options->padding,
+                 "windows at the border: exact, or dropped as nested tensors do")
+      ->check(CLI::IsMember({"exact", "dropped"}))
+      ->capture_default_str();
+  app.add_option("--threads", options->threads, "threads in all; 0: every CPU")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  app.add_option("--workers", options->workers, "cases side by side, which share the threads")
+      ->check(CLI::Range(1, 256))
+      ->capture_default_str();
+  return [options] { return run_segment(*options); };
+}
+
+}  // namespace microtome::app

@@ -1,0 +1,103 @@
+#include <string>
+
+#include <microtome/io/case.hpp>
+#include <microtome/microtome.hpp>
+
+#include "commands.hpp"
+
+namespace microtome::app {
+
+namespace {
+
+struct trace_options {
+  std::string model, input, output, only;
+  int threads = 0;
+};
+
+/// Collects what is at or below a module path, in PyTorch's layout.
+class collecting_tracer : public tracer {
+public:
+  explicit collecting_tracer(std::string only) : only_(std::move(only)) {}
+
+  bool wants(std::string_view name) const override { return below(name, only_); }
+
+  void record(std::string_view name, view<const float> value, layout order,
+              index_t width) override {
+    const index_t rows = value.extent(0), channels = value.extent(1);
+    if (order == layout::tokens) {
+      file_.add<float>(std::string(name), {value.data(), {1, rows, channels}});
+    } else {
+      tensor<float> channels_first(shape{1, channels, rows / width, width});
+      for (index_t row = 0; row < rows; ++row)
+        for (index_t c = 0; c < channels; ++c)
+          channels_first[c * rows + row] = value[row * channels + c];
+      file_.add<float>(std::string(name), channels_first);
+    }
+    ++count_;
+  }
+
+  void add(const std::string& name, view<const float> value) {
+    if (!below(name, only_)) return;
+    file_.add<float>(name, value);
+    ++count_;
+  }
+
+  int count() const { return count_; }
+  const io::npz_writer& file() const { return file_; }
+
+private:
+  /// Whether `name` is `prefix` or a path below it.
+  static bool below(std::string_view name, std::string_view prefix) {
+    return prefix.empty() || name == prefix ||
+           (name.starts_with(prefix) && name[prefix.size()] == '.');
+  }
+
+  std::string only_;
+  io::npz_writer file_;
+  int count_ = 0;
+};
+
+int run_trace(const trace_options& options) {
+  const io::segmentation_case input = io::read_case(options.input);
+  const auto* image = std::get_if<io::image_case>(&input);
+  if (!image) fail(options.input, ": is a volume; trace takes an image (H, W, 3)");
+  const lite_medsam model = lite_medsam::load(options.model);
+  session s(model, {.threads = options.threads});
+  collecting_tracer trace(options.only);
+  s.set_tracer(&trace);
+
+  const index_t side = model.config.image_size;
+  tensor<float> pixels(shape{side * side, 3});
+  const fitted_image fit = preprocess(image->image, side, pixels);
+  if (trace.wants("input")) trace.record("input", pixels, layout::pixels, side);
+  s.encode(pixels);
+  std::vector<box> boxes;
+  for (std::size_t i = 0; i < image->boxes.size(); ++i) {
+    check_box(image->boxes[i], i, fit.height, fit.width);
+    boxes.push_back(fit.to_input(image->boxes[i]));
+  }
+  const decoded_masks masks = s.decode(boxes);
+  trace.add("low_res_masks", masks.low_res_masks);
+  trace.add("iou_predictions", masks.iou_predictions);
+  if (trace.count() == 0)
+    throw usage_error("--only " + options.only + ": no module has this path or one below it");
+  trace.file().write(options.output, io::npz_compression::none);
+  std::printf("%s: %d arrays\n", options.output.c_str(), trace.count());
+  return 0;
+}
+
+}  // namespace
+
+command add_trace(CLI::App& app) {
+  const auto options = std::make_shared<trace_options>();
+  app.add_option("-m,--model", options->model, "model file")->required();
+  app.add_option("-i,--input", options->input, ".npz case with an image (H, W, 3)")->required();
+  app.add_option("-o,--output", options->output, ".npz file for the arrays")->required();
+  app.add_option("--only", options->only, "module path; only what is at or below it is written");
+  app.add_option("--threads", options->threads, "threads; 0: every CPU")
+      ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  return [options] { return run_trace(*options); };
+}
+
+}  // namespace microtome::app

@@ -1,0 +1,29 @@
+# What microtome needs, found the same way when it is built and when it is used after installation.
+
+# The headers of the runtime. Highway and xsimd are used as headers alone, so that no package
+# configuration of theirs is needed.
+if(NOT TARGET microtome::headers)
+  add_library(microtome::headers INTERFACE IMPORTED)
+  foreach(header hwy/highway.h xsimd/xsimd.hpp nlohmann/json.hpp)
+    string(MAKE_C_IDENTIFIER "MICROTOME_INCLUDE_${header}" variable)
+    find_path(${variable} ${header})
+    if(NOT ${variable})
+      message(FATAL_ERROR "microtome needs the header <${header}> (Debian: libhwy-dev, libxsimd-dev, "
+                          "nlohmann-json3-dev)")
+    endif()
+    set_property(TARGET microtome::headers APPEND PROPERTY
+                 INTERFACE_INCLUDE_DIRECTORIES "${${variable}}")
+  endforeach()
+endif()
+
+if(MICROTOME_OPENMP)
+  include(CMakeFindDependencyMacro)
+  find_dependency(OpenMP COMPONENTS CXX)
+endif()
+
+# Libraries of microtome/io/: .npz archives and PNG images. Debian: libzip-dev, libspng-dev.
+macro(microtome_find_io_libraries)
+  find_package(PkgConfig REQUIRED)
+  pkg_check_modules(libzip REQUIRED IMPORTED_TARGET libzip>=1.6)
+  pkg_check_modules(spng REQUIRED IMPORTED_TARGET spng>=0.7)
+endmacro()

@@ -1,0 +1,123 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include <microtome/io/npz.hpp>
+#include <microtome/io/png.hpp>
+#include <microtome/pipeline.hpp>
+
+namespace microtome::io {
+
+/// An image (H, W, 3) and the boxes in it.
+struct image_case {
+  tensor<std::uint8_t> image;
+  std::vector<pixel_box> boxes;
+};
+
+/// A volume (D, H, W) and the boxes in it.
+struct volume_case {
+  tensor<std::uint8_t> volume;
+  std::vector<voxel_box> boxes;
+};
+
+using segmentation_case = std::variant<image_case, volume_case>;
+
+namespace detail {
+
+template <class T>
+index_t whole_number(const std::uint8_t* bytes, const std::string& what) {
+  T value;
+  std::memcpy(&value, bytes, sizeof(T));
+  constexpr double limit = 1e9;  // far beyond any image
+  const auto number = static_cast<double>(value);
+  if (!(std::abs(number) <= limit) || number != std::floor(number))
+    fail(what, " holds ", number, ", expected whole pixels");
+  return static_cast<index_t>(value);
+}
+
+/// The elements of an integer array, or of a float array that holds whole numbers.
+inline std::vector<index_t> whole_numbers(const npy_array& array, const std::string& what) {
+  const std::string& dtype = array.header.dtype;
+  const auto convert = [&]<class T>(T) {
+    std::vector<index_t> numbers;
+    for (index_t i = 0; i < array.header.extents.size(); ++i)
+      numbers.push_back(
+          whole_number<T>(array.bytes.data() + i * static_cast<index_t>(sizeof(T)), what));
+    return numbers;
+  };
+  if (dtype == "|u1") return convert(std::uint8_t{});
+  if (dtype == "|i1") return convert(std::int8_t{});
+  if (dtype == "<u2") return convert(std::uint16_t{});
+  if (dtype == "<i2") return convert(std::int16_t{});
+  if (dtype == "<u4") return convert(std::uint32_t{});
+  if (dtype == "<i4") return convert(std::int32_t{});
+  if (dtype == "<u8") return convert(std::uint64_t{});
+  if (dtype == "<i8") return convert(std::int64_t{});
+  if (dtype == "<f4") return convert(float{});
+  if (dtype == "<f8") return convert(double{});
+  fail(what, " has dtype '", dtype, "', expected integers");
+}
+
+}  // namespace detail
+
+/// Reads a case from a .npz file: `imgs`, uint8, (H, W, 3) or (H, W) with `boxes` (N, 4) as x0, y0,
+/// x1, y1, or (D, H, W) with `boxes` (N, 6) as x0, y0, z0, x1, y1, z1. The shapes decide which it
+/// is. Throws `error` naming file and array.
+inline segmentation_case read_case(const std::filesystem::path& path) {
+  const npz_reader file(path);
+  const std::string name = path.string();
+  npy_array boxes = file.read("boxes");
+  const shape& box_shape = boxes.header.extents;
+  const std::string what = name + ": array 'boxes'";
+  const bool none = box_shape.size() == 0;
+  if (!none && (box_shape.rank() != 2 || (box_shape[1] != 4 && box_shape[1] != 6)))
+    fail(what, " has shape ", to_string(box_shape), ", expected (N, 4) or (N, 6)");
+  const std::vector<index_t> numbers = detail::whole_numbers(boxes, what);
+
+  npy_array imgs = file.read("imgs");
+  const shape extents = imgs.header.extents;
+  if (imgs.header.dtype != "|u1")
+    fail(name, ": array 'imgs' has dtype '", imgs.header.dtype, "', expected '|u1' (uint8)");
+  const bool grey = extents.rank() == 2;
+  const bool color = extents.rank() == 3 && extents[2] == 3 && (none || box_shape[1] == 4);
+  const bool volume = extents.rank() == 3 && !color && (none || box_shape[1] == 6);
+  if (extents.size() == 0 || !(grey || color || volume) || (grey && !none && box_shape[1] != 4))
+    fail(name, ": array 'imgs' has shape ", to_string(extents), " with boxes ",
+         to_string(box_shape),
+         ", expected (H, W, 3) with (N, 4) or (D, H, W) with (N, 6), not empty");
+
+  if (volume) {
+    volume_case result{std::move(imgs.bytes).reshaped(extents), {}};
+    for (std::size_t i = 0; i + 5 < numbers.size(); i += 6)
+      result.boxes.push_back({numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3],
+                              numbers[i + 4], numbers[i + 5]});
+    return result;
+  }
+  image_case result{
+      std::move(imgs.bytes).reshaped({extents[0], extents[1], color ? index_t{3} : index_t{1}}),
+      {}};
+  for (std::size_t i = 0; i + 3 < numbers.size(); i += 4)
+    result.boxes.push_back({numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]});
+  return result;
+}
+
+/// Writes labels as `segs` of a .npz file: uint8, or uint16 where a label is above 255. All or
+/// nothing.
+inline void write_segs(const std::filesystem::path& path, const label_map& labels) {
+  npz_writer file;
+  if (std::all_of(labels.begin(), labels.end(), [](std::uint16_t v) { return v < 256; })) {
+    tensor<std::uint8_t> narrow(labels.extents());
+    std::copy(labels.begin(), labels.end(), narrow.begin());
+    file.add<std::uint8_t>("segs", narrow);
+  } else {
+    file.add<std::uint16_t>("segs", labels);
+  }
+  file.write(path);
+}
+
+}  // namespace microtome::io

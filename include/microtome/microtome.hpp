@@ -1,0 +1,6 @@
+/// Everything of microtome that needs headers alone. Files other than models (`io/npz.hpp`,
+/// `io/png.hpp`) are apart: they need libdeflate and libspng.
+#pragma once
+
+#include <microtome/lite_medsam.hpp>
+#include <microtome/pipeline.hpp>

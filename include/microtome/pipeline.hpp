@@ -1,0 +1,300 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <microtome/lite_medsam.hpp>
+#include <microtome/resize.hpp>
+
+namespace microtome {
+
+/// A box around one object in pixels of the original image: x0 <= x < x1, y0 <= y < y1.
+struct pixel_box {
+  index_t x0 = 0, y0 = 0, x1 = 0, y1 = 0;
+};
+
+/// A box in a volume; slices z0 to z1, both included (z1 may also be the number of slices).
+struct voxel_box {
+  index_t x0 = 0, y0 = 0, z0 = 0, x1 = 0, y1 = 0, z1 = 0;
+};
+
+/// The slice that an object is prompted on first.
+inline index_t middle_slice(const voxel_box& b) {
+  return (b.z0 + b.z1) / 2;
+}
+
+/// Labels of an image (H, W) or volume (D, H, W): 0 is background, i + 1 is the i-th box.
+using label_map = tensor<std::uint16_t>;
+
+/// Boxes that one image or volume may have.
+inline constexpr index_t max_boxes = 65535;
+
+/// How an image was fitted into the model's square input: its longest side to `side`, padded with
+/// zeros at the right and at the bottom.
+struct fitted_image {
+  index_t height = 0, width = 0;                ///< of the original
+  index_t scaled_height = 0, scaled_width = 0;  ///< of the part of the input that it fills
+  index_t side = 0;
+
+  static fitted_image of(index_t height, index_t width, index_t side) {
+    const double scale = static_cast<double>(side) / static_cast<double>(std::max(height, width));
+    const auto scaled = [&](index_t n) {
+      return std::max<index_t>(1, static_cast<index_t>(static_cast<double>(n) * scale + 0.5));
+    };
+    return {height, width, scaled(height), scaled(width), side};
+  }
+
+  /// A box in the model's input; coordinates are truncated to whole pixels, as LiteMedSAM does.
+  box to_input(const pixel_box& b) const {
+    const double scale = static_cast<double>(side) / static_cast<double>(std::max(height, width));
+    const auto scaled = [&](index_t v) {
+      return static_cast<float>(static_cast<index_t>(static_cast<double>(v) * scale));
+    };
+    return {scaled(b.x0), scaled(b.y0), scaled(b.x1), scaled(b.y1)};
+  }
+};
+
+/// Preprocesses an image (H, W, 1) or (H, W, 3), grey repeated over the channels: area
+/// interpolation of the longest side to `side` on 8 bits, minimum to maximum over all channels to
+/// [0, 1], zeros right and below. `out` is (side * side, 3).
+inline fitted_image preprocess(view<const std::uint8_t> image, index_t side, view<float> out) {
+  const index_t channels = image.extent(2);
+  const fitted_image fit = fitted_image::of(image.extent(0), image.extent(1), side);
+  const tensor<std::uint8_t> small = resize_area(image, fit.scaled_height, fit.scaled_width);
+  const auto [low, high] = std::minmax_element(small.begin(), small.end());
+  const float minimum = *low;
+  const float range = std::max(static_cast<float>(*high) - minimum, 1e-8f);
+  std::fill(out.begin(), out.end(), 0.0f);
+  for (index_t y = 0; y < fit.scaled_height; ++y)
+    for (index_t x = 0; x < fit.scaled_width; ++x)
+      for (index_t c = 0; c < 3; ++c) {
+        const index_t from = (y * fit.scaled_width + x) * channels + (channels == 3 ? c : 0);
+        out[(y * side + x) * 3 + c] = (static_cast<float>(small[from]) - minimum) / range;
+      }
+  return fit;
+}
+
+/// Called after every step of a segmentation with the steps done and their total.
+using progress_callback = std::function<void(index_t done, index_t total)>;
+
+/// Throws `error` where box `number` is empty, reversed or reaches outside an image.
+inline void check_box(const pixel_box& b, std::size_t number, index_t height, index_t width) {
+  const auto box_text = [&] {
+    return "box " + std::to_string(number) + " (" + std::to_string(b.x0) + ", " +
+           std::to_string(b.y0) + ", " + std::to_string(b.x1) + ", " + std::to_string(b.y1) + ")";
+  };
+  if (b.x0 >= b.x1 || b.y0 >= b.y1)
+    fail(box_text(), " is empty or reversed: expected x0 < x1 and y0 < y1");
+  if (b.x0 < 0 || b.y0 < 0 || b.x1 > width || b.y1 > height)
+    fail(box_text(), " reaches outside the image of ", width, " x ", height, " pixels");
+}
+
+namespace detail {
+
+inline void check_box_count(std::size_t count) {
+  if (count > static_cast<std::size_t>(max_boxes))
+    fail(count, " boxes, at most ", max_boxes, " are possible");
+}
+
+/// Draws a mask over `labels` (H, W) at full resolution, rows shared out over the threads.
+inline void draw_mask(int threads, const float* logits, const fitted_image& fit,
+                      std::uint16_t label, view<std::uint16_t> labels) {
+  constexpr index_t rows = 64;
+  const view<const float> mask(logits, {fit.side, fit.side});
+  parallel_for(threads, (fit.height + rows - 1) / rows, [&](index_t task, int) {
+    resize_bilinear(mask, fit.scaled_height, fit.scaled_width, fit.height, fit.width, task * rows,
+                    std::min(fit.height, (task + 1) * rows), [&](index_t y, index_t x, float v) {
+                      if (v > 0) labels[y * fit.width + x] = label;
+                    });
+  });
+}
+
+}  // namespace detail
+
+/// Segments an image (H, W, 3) or (H, W, 1): one mask per box, later boxes over earlier ones.
+/// Throws `error` where a box is empty, reversed or reaches outside the image.
+inline label_map segment(session& s, view<const std::uint8_t> image,
+                         std::span<const pixel_box> boxes) {
+  const index_t side = s.model().config.image_size;
+  detail::check_box_count(boxes.size());
+  for (std::size_t i = 0; i < boxes.size(); ++i)
+    check_box(boxes[i], i, image.extent(0), image.extent(1));
+  label_map labels(shape{image.extent(0), image.extent(1)});
+  if (boxes.empty()) return labels;
+
+  tensor<float> input(shape{side * side, 3});
+  const fitted_image fit = preprocess(image, side, input);
+  s.encode(input);
+  constexpr std::size_t at_once = 32;
+  for (std::size_t start = 0; start < boxes.size(); start += at_once) {
+    std::vector<box> prompts;
+    for (std::size_t i = start; i < std::min(boxes.size(), start + at_once); ++i)
+      prompts.push_back(fit.to_input(boxes[i]));
+    const decoded_masks masks = s.decode(prompts);
+    for (std::size_t i = 0; i < prompts.size(); ++i)
+      detail::draw_mask(s.threads(), masks.low_res_masks.row(static_cast<index_t>(i)), fit,
+                        static_cast<std::uint16_t>(start + i + 1), labels);
+  }
+  return labels;
+}
+
+/// Segments a volume (D, H, W) slice by slice, each object from the middle of its box outwards.
+///
+/// The middle slice is prompted with the box itself; each next one, up and then down, with the
+/// bounding box of the object's mask in the slice before, in pixels of the model's input and
+/// widened by 3 on each side, or with the original box where that mask is empty (LiteMedSAM's own
+/// way).
+///
+/// Slices are swept upwards once and downwards once for all objects together: a slice is encoded
+/// once and its prompts are decoded as a batch, where the original encodes it once per object.
+class volume_segmenter {
+public:
+  /// `volume` must outlive this object. Throws `error` for a box that is empty, reversed or
+  /// outside.
+  volume_segmenter(session& s, view<const std::uint8_t> volume, std::span<const voxel_box> boxes)
+      : session_(s),
+        volume_(volume),
+        fit_(fitted_image::of(volume.extent(1), volume.extent(2), s.model().config.image_size)),
+        input_(shape{fit_.side * fit_.side, 3}),
+        labels_(volume.extents()) {
+    detail::check_box_count(boxes.size());
+    for (std::size_t i = 0; i < boxes.size(); ++i) add_object(boxes[i], i);
+  }
+
+  label_map run(const progress_callback& progress = {}) {
+    const index_t depth = volume_.extent(0);
+    index_t total = 0;
+    for (const object& o : objects_) total += o.last - o.first + 1;
+    index_t done = 0;
+    const auto sweep = [&](index_t z, bool up) {
+      const index_t count = segment_slice(z, up);
+      done += count;
+      if (count && progress) progress(done, total);
+    };
+    for (index_t z = 0; z < depth; ++z) sweep(z, true);
+    for (object& o : objects_) o.previous = o.after_middle;
+    for (index_t z = depth - 1; z >= 0; --z) sweep(z, false);
+    return std::move(labels_);
+  }
+
+private:
+  struct object {
+    index_t first, middle, last;  ///< slices, all included
+    box prompt;                   ///< the original box in the model's input
+    std::uint16_t label;
+    box previous;      ///< prompt that the slice before gave
+    box after_middle;  ///< prompt that the middle slice gave, for the way down
+  };
+
+  void add_object(const voxel_box& b, std::size_t i) {
+    const index_t depth = volume_.extent(0);
+    const pixel_box plane{b.x0, b.y0, b.x1, b.y1};
+    check_box(plane, i, volume_.extent(1), volume_.extent(2));
+    if (b.z0 > b.z1) fail("box ", i, " is reversed: z0 = ", b.z0, " is above z1 = ", b.z1);
+    if (b.z0 < 0 || b.z0 >= depth || b.z1 > depth)
+      fail("box ", i, " spans slices ", b.z0, " to ", b.z1, ", outside the volume of ", depth,
+           " slices");
+    const box prompt = fit_.to_input(plane);
+    objects_.push_back({b.z0, middle_slice(b), std::min(b.z1, depth - 1), prompt,
+                        static_cast<std::uint16_t>(i + 1), prompt, prompt});
+  }
+
+  /// Segments all objects that pass through slice z on the way up (from their middle on) or down
+  /// (below their middle). Returns how many.
+  index_t segment_slice(index_t z, bool up) {
+    active_.clear();
+    prompts_.clear();
+    for (object& o : objects_)
+      if (up ? (o.middle <= z && z <= o.last) : (o.first <= z && z < o.middle)) {
+        active_.push_back(&o);
+        prompts_.push_back(o.previous);
+      }
+    if (active_.empty()) return 0;
+    encode(z, up);
+    const decoded_masks masks = session_.decode(prompts_);
+    const view<std::uint16_t> slice(labels_.row(z), {fit_.height, fit_.width});
+    for (std::size_t i = 0; i < active_.size(); ++i) {
+      object& o = *active_[i];
+      draw(masks.low_res_masks.row(static_cast<index_t>(i)), o, slice);
+      o.previous = next_prompt(o);
+      if (z == o.middle) o.after_middle = o.previous;
+    }
+    return static_cast<index_t>(active_.size());
+  }
+
+  /// Encodes slice z, or takes the embedding kept on the way up.
+  void encode(index_t z, bool up) {
+    if (const auto kept = kept_.find(z); kept != kept_.end()) {
+      session_.set_embedding(kept->second);
+      kept_.erase(kept);
+      return;
+    }
+    preprocess({volume_.row(z), {fit_.height, fit_.width, 1}}, fit_.side, input_);
+    session_.encode(input_);
+    const bool needed_again =
+        up && std::any_of(objects_.begin(), objects_.end(),
+                          [&](const object& o) { return o.first <= z && z < o.middle; });
+    if (!needed_again || kept_.size() >= max_kept) return;
+    tensor<float> copy(session_.embedding().extents());
+    std::copy(session_.embedding().begin(), session_.embedding().end(), copy.begin());
+    kept_.emplace(z, std::move(copy));
+  }
+
+  /// The object's mask at full resolution into mask_, and over the slice where no later object is.
+  void draw(const float* logits, const object& o, view<std::uint16_t> slice) {
+    if (mask_.empty()) mask_ = label_map(shape{fit_.height, fit_.width});
+    std::fill(mask_.begin(), mask_.end(), std::uint16_t{0});
+    detail::draw_mask(session_.threads(), logits, fit_, 1, mask_);
+    for (index_t i = 0; i < mask_.size(); ++i)
+      if (mask_[i]) slice[i] = std::max(slice[i], o.label);
+  }
+
+  /// Bounding box of mask_ in the model's input, widened by 3; the original box where it is empty.
+  box next_prompt(const object& o) const {
+    tensor<std::uint8_t> mask(shape{fit_.height, fit_.width, 1});
+    std::copy(mask_.begin(), mask_.end(), mask.begin());
+    const tensor<std::uint8_t> small = resize_area(mask, fit_.scaled_height, fit_.scaled_width);
+    index_t x0 = fit_.side, y0 = fit_.side, x1 = -1, y1 = -1;
+    for (index_t y = 0; y < fit_.scaled_height; ++y)
+      for (index_t x = 0; x < fit_.scaled_width; ++x)
+        if (small[y * fit_.scaled_width + x]) {
+          x0 = std::min(x0, x);
+          x1 = std::max(x1, x);
+          y0 = std::min(y0, y);
+          y1 = std::max(y1, y);
+        }
+    if (x1 < 0) return o.prompt;
+    constexpr index_t margin = 3;
+    return {static_cast<float>(std::max<index_t>(0, x0 - margin)),
+            static_cast<float>(std::max<index_t>(0, y0 - margin)),
+            static_cast<float>(std::min(fit_.side, x1 + margin)),
+            static_cast<float>(std::min(fit_.side, y1 + margin))};
+  }
+
+  /// Embeddings kept between the sweeps, 4 MB each at LiteMedSAM's size.
+  static constexpr std::size_t max_kept = 32;
+
+  session& session_;
+  view<const std::uint8_t> volume_;
+  fitted_image fit_;
+  tensor<float> input_;
+  label_map labels_;
+  label_map mask_;
+  std::vector<object> objects_;
+  std::vector<object*> active_;
+  std::vector<box> prompts_;
+  std::map<index_t, tensor<float>> kept_;
+};
+
+/// Segments a volume (D, H, W); see volume_segmenter. `progress` counts objects times slices.
+inline label_map segment(session& s, view<const std::uint8_t> volume,
+                         std::span<const voxel_box> boxes, const progress_callback& progress = {}) {
+  return volume_segmenter(s, volume, boxes).run(progress);
+}
+
+}  // namespace microtome

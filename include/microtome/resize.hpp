@@ -1,0 +1,216 @@
+/// Area and bilinear interpolation of images.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include <microtome/tensor.hpp>
+
+namespace microtome {
+
+namespace detail {
+
+/// x * y rounded to float before anything is added to it. A compiler that contracts the product and
+/// a following sum into one fused multiply-add would change the last bit, and with it a pixel.
+inline float rounded_product(float x, float y) {
+  const volatile float product = x * y;
+  return product;
+}
+
+/// To the nearest integer, ties to even, as the current rounding mode of every C++ program is.
+inline std::uint8_t round_to_pixel(float value) {
+  return static_cast<std::uint8_t>(std::clamp(std::nearbyint(value), 0.0f, 255.0f));
+}
+
+/// Source pixels that one destination pixel covers, each with its share of the area.
+struct area_taps {
+  index_t first = 0;
+  std::vector<float> shares;
+};
+
+/// OpenCV's table of shares for shrinking `from` pixels to `to`: the covered part of each source
+/// pixel over the length of a destination pixel; parts below 1e-3 are left out.
+inline std::vector<area_taps> area_table(index_t from, index_t to) {
+  const double scale = 1.0 / (static_cast<double>(to) / static_cast<double>(from));
+  std::vector<area_taps> table(static_cast<std::size_t>(to));
+  for (index_t i = 0; i < to; ++i) {
+    area_taps& taps = table[static_cast<std::size_t>(i)];
+    const double begin = static_cast<double>(i) * scale;
+    const double end = begin + scale;
+    const double cell = std::min(scale, static_cast<double>(from) - begin);
+    const index_t last_full = std::min(static_cast<index_t>(std::floor(end)), from - 1);
+    const index_t first_full = std::min(static_cast<index_t>(std::ceil(begin)), last_full);
+    taps.first = first_full;
+    if (const double part = static_cast<double>(first_full) - begin; part > 1e-3) {
+      --taps.first;
+      taps.shares.push_back(static_cast<float>(part / cell));
+    }
+    for (index_t j = first_full; j < last_full; ++j)
+      taps.shares.push_back(static_cast<float>(1.0 / cell));
+    if (const double part = end - static_cast<double>(last_full); part > 1e-3)
+      taps.shares.push_back(static_cast<float>(std::min({part, 1.0, cell}) / cell));
+  }
+  return table;
+}
+
+inline void shrink_by_fractions(view<const std::uint8_t> image, view<std::uint8_t> out) {
+  const index_t channels = image.extent(2);
+  const index_t row_size = out.extent(1) * channels;
+  const std::vector<area_taps> columns = area_table(image.extent(1), out.extent(1));
+  const std::vector<area_taps> rows = area_table(image.extent(0), out.extent(0));
+  tensor<float> row(shape{row_size});
+  tensor<float> sum(shape{row_size});
+  for (index_t y = 0; y < out.extent(0); ++y) {
+    const area_taps& vertical = rows[static_cast<std::size_t>(y)];
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    for (std::size_t j = 0; j < vertical.shares.size(); ++j) {
+      const std::uint8_t* source = image.row(vertical.first + static_cast<index_t>(j));
+      float* to = row.data();
+      for (const area_taps& horizontal : columns)
+        for (index_t c = 0; c < channels; ++c) {
+          const std::uint8_t* from = source + horizontal.first * channels + c;
+          float total = 0;
+          for (const float share : horizontal.shares) {
+            total += rounded_product(*from, share);
+            from += channels;
+          }
+          *to++ = total;
+        }
+      for (index_t i = 0; i < row_size; ++i) sum[i] += rounded_product(vertical.shares[j], row[i]);
+    }
+    std::transform(sum.begin(), sum.end(), out.row(y), round_to_pixel);
+  }
+}
+
+/// The mean of blocks of pixels. OpenCV rounds the mean of 2 x 2 pixels up at a half, and that of
+/// others to even.
+inline void shrink_by_integers(view<const std::uint8_t> image, view<std::uint8_t> out) {
+  const index_t channels = image.extent(2);
+  const index_t block_h = image.extent(0) / out.extent(0);
+  const index_t block_w = image.extent(1) / out.extent(1);
+  const bool rounds_up = block_h == 2 && block_w == 2;
+  const float share = 1.0f / static_cast<float>(block_h * block_w);
+  for (index_t y = 0; y < out.extent(0); ++y)
+    for (index_t x = 0; x < out.extent(1); ++x)
+      for (index_t c = 0; c < channels; ++c) {
+        int sum = 0;
+        for (index_t i = 0; i < block_h; ++i)
+          for (index_t j = 0; j < block_w; ++j)
+            sum += image.row(y * block_h + i)[(x * block_w + j) * channels + c];
+        out.row(y)[x * channels + c] = rounds_up ? static_cast<std::uint8_t>((sum + 2) / 4)
+                                                 : round_to_pixel(static_cast<float>(sum) * share);
+      }
+}
+
+/// Two neighbouring source pixels and their weights in units of 1 / 2048.
+struct fixed_point_tap {
+  index_t low = 0, high = 0;
+  int low_weight = 0, high_weight = 0;
+};
+
+/// What OpenCV makes of area interpolation where an axis grows: linear interpolation in which a
+/// destination pixel inside one source pixel takes its value alone. In fixed point of 11 bits.
+inline std::vector<fixed_point_tap> enlarging_table(index_t from, index_t to) {
+  constexpr float one = 2048;
+  const double inverse = static_cast<double>(to) / static_cast<double>(from);
+  const double scale = 1.0 / inverse;
+  std::vector<fixed_point_tap> table(static_cast<std::size_t>(to));
+  for (index_t i = 0; i < to; ++i) {
+    auto source = static_cast<index_t>(std::floor(static_cast<double>(i) * scale));
+    auto part =
+        static_cast<float>(static_cast<double>(i + 1) - static_cast<double>(source + 1) * inverse);
+    part = part <= 0 ? 0 : part - std::floor(part);
+    if (source >= from - 1) {
+      source = from - 1;
+      part = 0;
+    }
+    table[static_cast<std::size_t>(i)] = {source, std::min(source + 1, from - 1),
+                                          static_cast<int>(std::nearbyint((1 - part) * one)),
+                                          static_cast<int>(std::nearbyint(part * one))};
+  }
+  return table;
+}
+
+inline void enlarge(view<const std::uint8_t> image, view<std::uint8_t> out) {
+  const index_t channels = image.extent(2);
+  const std::vector<fixed_point_tap> columns = enlarging_table(image.extent(1), out.extent(1));
+  const std::vector<fixed_point_tap> rows = enlarging_table(image.extent(0), out.extent(0));
+  const auto mix = [&](const std::uint8_t* row, const fixed_point_tap& tap, index_t c) {
+    return row[tap.low * channels + c] * tap.low_weight +
+           row[tap.high * channels + c] * tap.high_weight;
+  };
+  for (index_t y = 0; y < out.extent(0); ++y) {
+    const fixed_point_tap& vertical = rows[static_cast<std::size_t>(y)];
+    std::uint8_t* to = out.row(y);
+    for (const fixed_point_tap& horizontal : columns)
+      for (index_t c = 0; c < channels; ++c) {
+        const int low = mix(image.row(vertical.low), horizontal, c) >> 4;
+        const int high = mix(image.row(vertical.high), horizontal, c) >> 4;
+        const int sum = ((vertical.low_weight * low) >> 16) + ((vertical.high_weight * high) >> 16);
+        *to++ = static_cast<std::uint8_t>((sum + 2) >> 2);
+      }
+  }
+}
+
+}  // namespace detail
+
+/// Resizes an image (H, W, C) to (height, width, C) by area interpolation. Equal, bit for bit, to
+/// OpenCV's `resize` with INTER_AREA on 8-bit images of 1, 3 or 4 channels, whose three ways it
+/// follows: whole factors, fractions, and its fixed-point linear form where an axis grows.
+inline tensor<std::uint8_t> resize_area(view<const std::uint8_t> image, index_t height,
+                                        index_t width) {
+  const index_t from_h = image.extent(0), from_w = image.extent(1);
+  if (image.size() == 0 || height < 1 || width < 1)
+    fail("resize_area: from ", to_string(image.extents()), " to ", height, " x ", width);
+  tensor<std::uint8_t> out(shape{height, width, image.extent(2)});
+  if (height > from_h || width > from_w)
+    detail::enlarge(image, out);
+  else if (from_h % height == 0 && from_w % width == 0)
+    detail::shrink_by_integers(image, out);
+  else
+    detail::shrink_by_fractions(image, out);
+  return out;
+}
+
+/// Bilinear interpolation along one axis: out[i] = in[low] + (in[high] - in[low]) * part.
+struct bilinear_tap {
+  index_t low = 0, high = 0;
+  float part = 0;
+};
+
+/// Position of destination pixel `i` among `from` source pixels, pixel centres aligned (PyTorch's
+/// `interpolate` with mode="bilinear", align_corners=False).
+inline bilinear_tap bilinear_position(index_t i, index_t from, index_t to) {
+  const float scale = static_cast<float>(from) / static_cast<float>(to);
+  const float position = std::max(0.0f, scale * (static_cast<float>(i) + 0.5f) - 0.5f);
+  const index_t low = std::min(static_cast<index_t>(position), from - 1);
+  return {low, std::min(low + 1, from - 1), position - static_cast<float>(low)};
+}
+
+/// Bilinear interpolation of the top-left part (crop_h, crop_w) of `plane` (h, w) to the size of
+/// `out`, rows row_begin to row_end of it. Calls emit(y, x, value) for each pixel.
+template <class Emit>
+void resize_bilinear(view<const float> plane, index_t crop_h, index_t crop_w, index_t out_h,
+                     index_t out_w, index_t row_begin, index_t row_end, Emit&& emit) {
+  std::vector<bilinear_tap> columns(static_cast<std::size_t>(out_w));
+  for (index_t x = 0; x < out_w; ++x)
+    columns[static_cast<std::size_t>(x)] = bilinear_position(x, crop_w, out_w);
+  std::vector<float> row(static_cast<std::size_t>(crop_w));
+  for (index_t y = row_begin; y < row_end; ++y) {
+    const bilinear_tap vertical = bilinear_position(y, crop_h, out_h);
+    const float* low = plane.row(vertical.low);
+    const float* high = plane.row(vertical.high);
+    for (std::size_t x = 0; x < row.size(); ++x)
+      row[x] = low[x] + (high[x] - low[x]) * vertical.part;
+    for (index_t x = 0; x < out_w; ++x) {
+      const bilinear_tap& tap = columns[static_cast<std::size_t>(x)];
+      const float left = row[static_cast<std::size_t>(tap.low)];
+      const float right = row[static_cast<std::size_t>(tap.high)];
+      emit(y, x, left + (right - left) * tap.part);
+    }
+  }
+}
+
+}  // namespace microtome
