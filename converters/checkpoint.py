@@ -1,0 +1,251 @@
+"""Reads PyTorch checkpoints (`.pth`, the ZIP format of torch.save) with NumPy alone.
+
+A checkpoint is a pickle, and unpickling can run any code. The unpickler here knows the few globals
+that tensors, their containers and numbers need, each replaced by something inert; every other one
+is refused, so that nothing from the file is ever executed.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import pickle
+import zipfile
+
+import numpy as np
+
+
+class CheckpointError(Exception):
+    """The file is no checkpoint that can be read. The message says why."""
+
+
+# Storage types of torch and the NumPy dtype of their elements; bfloat16 has none and is widened.
+STORAGE_DTYPES = {
+    "DoubleStorage": "f8",
+    "FloatStorage": "f4",
+    "HalfStorage": "f2",
+    "BFloat16Storage": "bf16",
+    "LongStorage": "i8",
+    "IntStorage": "i4",
+    "ShortStorage": "i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "b1",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StorageType:
+    dtype: str
+
+    @property
+    def itemsize(self):
+        return 2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Storage:
+    """A storage in the archive, not yet read."""
+
+    archive: "Archive"
+    key: str
+    kind: StorageType
+    elements: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tensor:
+    """A strided view of a storage, not yet read."""
+
+    storage: Storage
+    offset: int
+    shape: tuple
+    stride: tuple
+
+    @property
+    def dtype(self):
+        return self.storage.kind.dtype
+
+    def numpy(self):
+        """A contiguous array; bfloat16 becomes float32."""
+        flat = self.storage.archive.read_storage(self.storage)
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride))
+        if math.prod(self.shape) and last >= flat.size:
+            raise CheckpointError(
+                f"a tensor of shape {self.shape} and strides {self.stride} at {self.offset} reaches "
+                f"beyond its storage of {flat.size} elements"
+            )
+        stride = [s * flat.itemsize for s in self.stride]
+        view = np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, stride)
+        return np.ascontiguousarray(view).reshape(self.shape)
+
+
+class _Rebuild:
+    """Stands for torch's functions that make a tensor of a storage."""
+
+    __slots__ = ()
+
+    def __call__(self, storage, offset, shape, stride, *_):
+        sizes = (offset, *shape, *stride)
+        if not isinstance(storage, Storage) or len(shape) != len(stride) or len(shape) > 8:
+            raise CheckpointError("a tensor is malformed")
+        if not all(isinstance(n, int) and 0 <= n < 1 << 40 for n in sizes):
+            raise CheckpointError(f"a tensor has impossible sizes {shape} or strides {stride}")
+        if math.prod(shape) > storage.elements:
+            raise CheckpointError(f"a tensor of shape {shape} is larger than its storage")
+        return Tensor(storage, offset, tuple(shape), tuple(stride))
+
+
+class _RebuildParameter:
+    __slots__ = ()
+
+    def __call__(self, data, *_):
+        return data
+
+
+class _Inert:
+    """Stands for something that does not matter here, such as a NumPy scalar among the metrics."""
+
+    __slots__ = ()
+
+    def __call__(self, *_):
+        return self
+
+    def __setstate__(self, _):
+        pass
+
+
+_GLOBALS = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(),
+    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+    ("numpy", "dtype"): _Inert(),
+    ("numpy.core.multiarray", "scalar"): _Inert(),
+    ("numpy._core.multiarray", "scalar"): _Inert(),
+    ("_codecs", "encode"): _Inert(),
+    **{("torch", name): StorageType(dtype) for name, dtype in STORAGE_DTYPES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, archive):
+        super().__init__(file)
+        self._archive = archive
+
+    def find_class(self, module, name):
+        try:
+            return _GLOBALS[module, name]
+        except KeyError:
+            raise CheckpointError(
+                f"the pickle asks for {module}.{name}, which a checkpoint of tensors does not need; "
+                "refused. Save a plain state dict: torch.save(model.state_dict(), path)"
+            ) from None
+
+    def persistent_load(self, identity):
+        match identity:
+            case ("storage", StorageType() as kind, str(key), _, int(elements)) if elements >= 0:
+                return Storage(self._archive, key, kind, elements)
+        raise CheckpointError("a storage is malformed")
+
+
+class Archive:
+    """The ZIP archive of a checkpoint."""
+
+    def __init__(self, path):
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile:
+            with open(path, "rb") as file:
+                if file.read(2) == b"\x80\x02":
+                    raise CheckpointError(
+                        "this is the format of PyTorch before 1.6: load it there and save it again"
+                    ) from None
+            raise CheckpointError("not a checkpoint, or cut off: no ZIP archive") from None
+        roots = [n.split("/")[0] for n in self._zip.namelist() if n.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise CheckpointError("not a checkpoint: no data.pkl in the archive")
+        self._root = roots[0]
+        self._order = "<"
+        if f"{self._root}/byteorder" in self._zip.namelist():
+            self._order = ">" if self._read("byteorder") == b"big" else "<"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._zip.close()
+
+    def _read(self, name):
+        try:
+            entry = self._zip.getinfo(f"{self._root}/{name}")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{name} is compressed, which torch.save never does")
+            return self._zip.read(entry)
+        except KeyError:
+            raise CheckpointError(f"{name} is missing from the archive") from None
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise CheckpointError(f"{name} is damaged: {error}") from None
+
+    def read_storage(self, storage):
+        """The elements of a storage, flat, in the machine's byte order."""
+        data = self._read(f"data/{storage.key}")
+        if len(data) != storage.elements * storage.kind.itemsize:
+            raise CheckpointError(
+                f"storage {storage.key} holds {len(data)} bytes, "
+                f"expected {storage.elements} elements of {storage.kind.itemsize}"
+            )
+        if storage.kind.dtype == "bf16":
+            halves = np.frombuffer(data, self._order + "u2").astype("u4")
+            return (halves << 16).view("f4")
+        values = np.frombuffer(data, np.dtype(storage.kind.dtype).newbyteorder(self._order))
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+    def unpickle(self):
+        try:
+            return _Unpickler(io.BytesIO(self._read("data.pkl")), self).load()
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged pickle can raise anything
+            raise CheckpointError(f"data.pkl is damaged: {type(error).__name__}: {error}") from None
+
+
+def _is_state_dict(value):
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) for k in value)
+        and any(isinstance(v, Tensor) for v in value.values())
+    )
+
+
+def state_dict(content):
+    """The state dict in what a checkpoint holds: itself, or under "model" or "state_dict", beside
+    whatever else; without the prefixes of DistributedDataParallel and torch.compile."""
+    if not _is_state_dict(content) and isinstance(content, dict):
+        for key in ("model", "state_dict"):
+            if _is_state_dict(content.get(key)):
+                content = content[key]
+                break
+    if not _is_state_dict(content):
+        found = f"a {type(content).__name__}"
+        if isinstance(content, dict):
+            found += f" with the keys {list(content)[:8]}"
+        raise CheckpointError(
+            f"no state dict found: expected a dict of tensors, or one under 'model'; found {found}"
+        )
+    for prefix in ("module.", "_orig_mod."):
+        if all(k.startswith(prefix) for k in content):
+            content = {k[len(prefix) :]: v for k, v in content.items()}
+    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def load(path):
+    """Reads the state dict of the checkpoint at `path` as {name: NumPy array}."""
+    with Archive(path) as archive:
+        arrays = {}
+        for name, tensor in state_dict(archive.unpickle()).items():
+            try:
+                arrays[name] = tensor.numpy()
+            except CheckpointError as error:
+                raise CheckpointError(f"tensor {name!r}: {error}") from None
+        return arrays
