@@ -126,15 +126,11 @@ inline lite_medsam_config lite_medsam_config::from(const safetensors& file) {
   metadata("format_version", "1");
   metadata("model", "lite_medsam");
 
-  nlohmann::json json;
-  try {
-    json = nlohmann::json::parse(metadata("config", nullptr));
-  } catch (const nlohmann::json::exception& e) {
-    fail(file.name(), ": metadata 'config' is not JSON: ", e.what());
-  }
+  const nlohmann::json json =
+      detail::parse_json(metadata("config", nullptr), file.name() + ": metadata 'config'");
   const detail::config_reader top(file.name(), "", json);
   lite_medsam_config config;
-  config.image_size = top.number("image_size", 8, 4096);
+  config.image_size = top.number("image_size", 8, 1024);
   config.pixel_channels = top.number("pixel_channels", 3, 3);
   config.embed_dim = top.number("embed_dim", 8, 4096);
   config.mask_in_chans = top.number("mask_in_chans", 4, 1024);
@@ -167,6 +163,9 @@ inline lite_medsam_config lite_medsam_config::from(const safetensors& file) {
   if (config.image_size % strides != 0)
     fail(file.name(), ": config image_size is ", config.image_size,
          ", not a multiple of the strides' ", strides);
+  if (config.mask_size() != config.image_size)
+    fail(file.name(), ": config image_size is ", config.image_size, ", but the masks would be ",
+         config.mask_size(), " wide: the strides of the stages must multiply to 4");
   if (config.embed_dim % 8 != 0 ||
       config.embed_dim % (config.decoder.attention_downsample * config.decoder.heads) != 0)
     fail(file.name(), ": config embed_dim ", config.embed_dim, " does not divide into ",

@@ -19,6 +19,24 @@
 
 namespace microtome {
 
+namespace detail {
+
+/// Parses JSON from a file; `what` stands for it in errors. What microtome reads nests three deep;
+/// a hostile text nested a million deep would exhaust the stack.
+inline nlohmann::json parse_json(std::string_view text, const std::string& what) {
+  const auto bounded_depth = [&](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
+    if (depth > 8) fail(what, " nests deeper than it ever should");
+    return true;
+  };
+  try {
+    return nlohmann::json::parse(text, bounded_depth);
+  } catch (const nlohmann::json::exception& e) {
+    fail(what, " is not JSON: ", e.what());
+  }
+}
+
+}  // namespace detail
+
 /// Reader of safetensors files: 8 bytes of little-endian header length, a JSON header that maps
 /// each tensor's name to its dtype, shape and byte range, then the bytes. The format is described
 /// in the safetensors repository (https://github.com/huggingface/safetensors). The file is mapped,
@@ -86,12 +104,8 @@ private:
            " bytes follow (and at most ", max_header,
            " are accepted): truncated, or not safetensors");
     const auto* text = reinterpret_cast<const char*>(bytes_.data()) + 8;
-    nlohmann::json header;
-    try {
-      header = nlohmann::json::parse(text, text + header_size, bounded_depth());
-    } catch (const nlohmann::json::exception& e) {
-      fail(name_, ": the header is not JSON: ", e.what());
-    }
+    const nlohmann::json header =
+        detail::parse_json({text, static_cast<std::size_t>(header_size)}, name_ + ": the header");
     if (!header.is_object()) fail(name_, ": the header is not a JSON object");
     data_ = bytes_.subspan(8 + header_size);
     for (const auto& [key, value] : header.items()) {
@@ -101,14 +115,6 @@ private:
         parse_entry(key, value);
     }
     check_overlaps();
-  }
-
-  /// A header nests three deep; a hostile one nested a million deep would exhaust the stack later.
-  nlohmann::json::parser_callback_t bounded_depth() const {
-    return [this](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-      if (depth > 8) fail(name_, ": the header nests deeper than a safetensors header can");
-      return true;
-    };
   }
 
   void parse_metadata(const nlohmann::json& value) {

@@ -1,0 +1,96 @@
+/// The kernels once more as plain scalar loops, in double precision: what the fast ones are tested
+/// against, and what a new target starts from. Arguments and meaning as in contract.hpp, except
+/// that B is not packed.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "contract.hpp"
+
+namespace microtome::kernels::reference {
+
+inline double activate(activation act, double x) {
+  switch (act) {
+    case activation::none:
+      return x;
+    case activation::relu:
+      return std::max(x, 0.0);
+    case activation::gelu:
+      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+  }
+  return x;
+}
+
+/// args.b is (taps * k, n), row-major.
+inline void gemm(const gemm_args& args) {
+  for (ptrdiff_t i = 0; i < args.m; ++i)
+    for (ptrdiff_t j = 0; j < args.n; ++j) {
+      double sum = args.bias ? args.bias[j] : 0.0;
+      for (ptrdiff_t t = 0; t < args.taps; ++t)
+        for (ptrdiff_t k = 0; k < args.k; ++k)
+          sum += double{args.a[t * args.m + i][k]} * args.b[(t * args.k + k) * args.n + j];
+      if (args.residual) sum += args.residual[i][j];
+      args.c[i][j] = static_cast<float>(activate(args.act, sum));
+    }
+}
+
+inline void softmax(ptrdiff_t n, double* x) {
+  const double largest = *std::max_element(x, x + n);
+  double sum = 0;
+  for (ptrdiff_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - largest);
+  for (ptrdiff_t i = 0; i < n; ++i) x[i] /= sum;
+}
+
+inline void attention(const attention_args& args) {
+  std::vector<double> weights(static_cast<std::size_t>(args.n_k));
+  for (ptrdiff_t i = 0; i < args.n_q; ++i) {
+    for (ptrdiff_t j = 0; j < args.n_k; ++j) {
+      double dot = 0;
+      for (ptrdiff_t d = 0; d < args.d_k; ++d) dot += double{args.q[i][d]} * args.k[j][d];
+      weights[static_cast<std::size_t>(j)] =
+          args.scale * dot + (args.bias ? args.bias[i * args.bias_stride + j] : 0.0f);
+    }
+    softmax(args.n_k, weights.data());
+    for (ptrdiff_t d = 0; d < args.d_v; ++d) {
+      double sum = 0;
+      for (ptrdiff_t j = 0; j < args.n_k; ++j)
+        sum += weights[static_cast<std::size_t>(j)] * args.v[j][d];
+      args.out[i][d] = static_cast<float>(sum);
+    }
+  }
+}
+
+inline void depthwise3x3(const depthwise_args& args) {
+  for (ptrdiff_t x = 0; x < args.n_out; ++x)
+    for (ptrdiff_t c = 0; c < args.channels; ++c) {
+      double sum = args.bias[c];
+      for (ptrdiff_t i = 0; i < 3; ++i)
+        for (ptrdiff_t j = 0; j < 3; ++j) {
+          const ptrdiff_t column = x * args.stride + args.first + j - 1;
+          if (args.rows[i] && column >= 0 && column < args.n_in)
+            sum += double{args.rows[i][column * args.channels + c]} *
+                   args.weights[(i * 3 + j) * args.channels + c];
+        }
+      args.out[x * args.channels + c] = static_cast<float>(activate(args.act, sum));
+    }
+}
+
+inline void layer_norm(const layer_norm_args& args) {
+  const auto channels = static_cast<double>(args.c);
+  for (ptrdiff_t i = 0; i < args.n; ++i) {
+    double mean = 0, variance = 0;
+    for (ptrdiff_t c = 0; c < args.c; ++c) mean += args.x[i][c] / channels;
+    for (ptrdiff_t c = 0; c < args.c; ++c)
+      variance += (args.x[i][c] - mean) * (args.x[i][c] - mean) / channels;
+    for (ptrdiff_t c = 0; c < args.c; ++c) {
+      const double normal = (args.x[i][c] - mean) / std::sqrt(variance + double{args.epsilon});
+      args.out[i][c] =
+          static_cast<float>(activate(args.act, normal * args.gamma[c] + args.beta[c]));
+    }
+  }
+}
+
+}  // namespace microtome::kernels::reference

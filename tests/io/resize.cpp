@@ -1,0 +1,49 @@
+#include <microtome/io/npz.hpp>
+#include <microtome/resize.hpp>
+
+#include "../support.hpp"
+
+namespace microtome::tests {
+
+TEST_CASE("resize_area equals OpenCV's INTER_AREA, bit for bit") {
+  const io::npz_reader file(data_file("resize.npz"));
+  int compared = 0;
+  for (const std::string& name : file.names()) {
+    if (!name.ends_with(".image")) continue;
+    CAPTURE(name);
+    const io::npy_array image = file.read(name);
+    const io::npy_array expected = file.read(name.substr(0, name.size() - 5) + "resized");
+    const shape& to = expected.header.extents;
+    const tensor<std::uint8_t> got =
+        resize_area({image.bytes.data(), image.header.extents}, to[0], to[1]);
+    REQUIRE(got.extents() == to);
+    CHECK(std::equal(got.begin(), got.end(), expected.bytes.begin()));
+    ++compared;
+  }
+  CHECK(compared == 12);
+}
+
+TEST_CASE("resize_area refuses empty images") {
+  CHECK(mentions(error_of([] {
+                   static_cast<void>(resize_area({nullptr, {0, 4, 3}}, 2, 2));
+                 }),
+                 {"(0, 4, 3)"}));
+}
+
+TEST_CASE("resize_bilinear aligns pixel centres, and crops first") {
+  tensor<float> plane(shape{4, 5});
+  for (index_t y = 0; y < 4; ++y)
+    for (index_t x = 0; x < 5; ++x) plane[y * 5 + x] = static_cast<float>(10 * y + x);
+  plane[4] = plane[3 * 5] = 1e9f;  // outside the crop of 3 x 4
+  tensor<float> out(shape{7, 9});
+  resize_bilinear(plane, 3, 4, 7, 9, 0, 7,
+                  [&](index_t y, index_t x, float value) { out[y * 9 + x] = value; });
+  for (index_t y = 0; y < 7; ++y)
+    for (index_t x = 0; x < 9; ++x) {
+      const double sy = std::clamp((static_cast<double>(y) + 0.5) * 3 / 7 - 0.5, 0.0, 2.0);
+      const double sx = std::clamp((static_cast<double>(x) + 0.5) * 4 / 9 - 0.5, 0.0, 3.0);
+      CHECK(out[y * 9 + x] == doctest::Approx(10 * sy + sx));
+    }
+}
+
+}  // namespace microtome::tests

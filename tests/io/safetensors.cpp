@@ -1,0 +1,206 @@
+#include <limits>
+
+#include <microtome/config.hpp>
+#include <microtome/microtome.hpp>
+
+#include "../file_builder.hpp"
+
+namespace microtome::tests {
+
+namespace {
+
+file_builder two_tensors() {
+  return file_builder().add("a.weight", {2, 3}, 1, 1.0f).add("b.bias", {5}, 2, 1.0f);
+}
+
+std::string parse_error(const std::vector<std::byte>& bytes) {
+  return error_of([&] { safetensors(bytes, "some.safetensors"); });
+}
+
+/// The error of a file whose header has one value changed.
+template <class Change>
+std::string changed_error(Change&& change) {
+  file_builder file = two_tensors();
+  change(file.header);
+  return parse_error(file.bytes());
+}
+
+std::vector<std::byte> tiny_model() {
+  const io::mapped_file file(data_file("tiny.safetensors"));
+  return {file.bytes().begin(), file.bytes().end()};
+}
+
+}  // namespace
+
+TEST_CASE("a sound file is read") {
+  const file_builder builder = two_tensors();
+  const auto bytes = builder.bytes();
+  const safetensors file(bytes);
+  CHECK(file.tensors().size() == 2);
+  CHECK(file.read("a.weight", {2, 3})[4] == random_tensor({2, 3}, 1)[4]);
+}
+
+TEST_CASE("F16 and BF16 are widened exactly") {
+  file_builder file;
+  const std::uint16_t halves[] = {0x3c00, 0xc000, 0x0001, 0x03ff, 0x7bff, 0x8000};
+  const std::uint16_t brains[] = {0x3f80, 0xc040};
+  const auto add = [&](const char* name, const char* dtype, std::span<const std::uint16_t> v) {
+    const std::size_t begin = file.data.size();
+    for (const std::byte b : std::as_bytes(v)) file.data.push_back(b);
+    file.header[name] = {
+        {"dtype", dtype}, {"shape", {v.size()}}, {"data_offsets", {begin, file.data.size()}}};
+  };
+  add("half", "F16", halves);
+  add("brain", "BF16", brains);
+  const auto bytes = file.bytes();
+  const safetensors read(bytes);
+  const tensor<float> h = read.read("half", {6}), b = read.read("brain", {2});
+  CHECK(h[0] == 1.0f);
+  CHECK(h[1] == -2.0f);
+  CHECK(h[2] == std::ldexp(1.0f, -24));
+  CHECK(h[3] == std::ldexp(1023.0f, -24));
+  CHECK(h[4] == 65504.0f);
+  CHECK(std::signbit(h[5]));
+  CHECK(b[0] == 1.0f);
+  CHECK(b[1] == -3.0f);
+}
+
+TEST_CASE("wrong names, shapes, dtypes and values name file and tensor") {
+  file_builder builder = two_tensors();
+  tensor<float> bad = random_tensor({3}, 3);
+  bad[1] = std::numeric_limits<float>::quiet_NaN();
+  builder.add("c.weight", bad);
+  builder.header["d"] = {{"dtype", "I32"}, {"shape", {2, 3}}, {"data_offsets", {0, 24}}};
+  builder.header.erase("a.weight");
+  const auto bytes = builder.bytes();
+  const safetensors file(bytes, "m.safetensors");
+  const auto read_error = [&](const char* name, shape s) {
+    return error_of([&] { static_cast<void>(file.read(name, s)); });
+  };
+  CHECK(mentions(read_error("none", {4}), {"m.safetensors", "'none'", "(4)", "missing"}));
+  CHECK(mentions(read_error("b.bias", {6}), {"m.safetensors", "'b.bias'", "(5)", "expected (6)"}));
+  CHECK(mentions(read_error("c.weight", {3}), {"m.safetensors", "'c.weight'", "nan", "element 1"}));
+  CHECK(mentions(read_error("d", {2, 3}), {"m.safetensors", "'d'", "I32", "F32"}));
+}
+
+TEST_CASE("a file cut off anywhere is refused") {
+  const auto whole = two_tensors().bytes();
+  for (std::size_t size = 0; size < whole.size(); ++size) {
+    const std::vector<std::byte> cut(whole.begin(), whole.begin() + static_cast<index_t>(size));
+    CHECK(parse_error(cut).starts_with("some.safetensors: "));
+  }
+}
+
+TEST_CASE("hostile headers are refused") {
+  auto bytes = two_tensors().bytes();
+  for (const std::uint64_t size :
+       {std::uint64_t{1} << 40, ~std::uint64_t{0}, ~std::uint64_t{0} - 7}) {
+    std::memcpy(bytes.data(), &size, 8);
+    CHECK(mentions(parse_error(bytes), {"some.safetensors", "header claims"}));
+  }
+  const file_builder sound = two_tensors();
+  for (const char* text : {"", "{", "[]", "7", "{\"a\": 3}", "{\"a\": {}}", "\xff\xfe"})
+    CHECK(parse_error(sound.with_header(text)).starts_with("some.safetensors"));
+  CHECK(mentions(parse_error(sound.with_header(std::string(100000, '['))), {"nests deeper"}));
+  CHECK(
+      mentions(parse_error(sound.with_header("{\"__metadata__\": {\"a\": 3}}")), {"metadata 'a'"}));
+}
+
+TEST_CASE("hostile shapes and offsets are refused") {
+  using json = nlohmann::json;
+  CHECK(mentions(changed_error([](json& h) {
+                   h["a.weight"]["shape"] = {1ull << 62, 1ull << 62};
+                 }),
+                 {"'a.weight'", "larger than the file"}));
+  CHECK(mentions(changed_error([](json& h) {
+                   h["a.weight"]["shape"] = {-2, -3};
+                 }),
+                 {"'a.weight'", "negative"}));
+  CHECK(mentions(changed_error([](json& h) {
+                   h["a.weight"]["shape"] = {2.5, 3};
+                 }),
+                 {"'a.weight'", "fractional"}));
+  CHECK(mentions(changed_error([](json& h) {
+                   h["a.weight"]["shape"] = {2, 4};
+                 }),
+                 {"'a.weight'", "takes 32 bytes", "24"}));
+  CHECK(mentions(changed_error([](json& h) {
+                   h["a.weight"]["shape"] = {1, 1, 1, 1, 6};
+                 }),
+                 {"'a.weight'", "four dimensions"}));
+  CHECK(mentions(changed_error([](json& h) {
+                   h["a.weight"]["data_offsets"] = {0, 1ull << 60};
+                 }),
+                 {"'a.weight'", "truncated"}));
+  CHECK(mentions(changed_error([](json& h) {
+                   h["a.weight"]["data_offsets"] = {24, 0};
+                 }),
+                 {"'a.weight'"}));
+  CHECK(mentions(changed_error([](json& h) {
+                   h["b.bias"]["data_offsets"] = {4, 24};
+                 }),
+                 {"'a.weight'", "'b.bias'", "overlap"}));
+  CHECK(mentions(changed_error([](json& h) { h["a.weight"]["dtype"] = "F99"; }),
+                 {"'a.weight'", "F99"}));
+}
+
+TEST_CASE(
+    "no flipped bit of a model's header or of its sizes goes unpunished by more than an error") {
+  // Every outcome but an error or a model that loads is a crash, which the sanitizers would show.
+  const std::vector<std::byte> sound = tiny_model();
+  std::uint64_t header = 0;
+  std::memcpy(&header, sound.data(), 8);
+  std::mt19937 generator(1);
+  int refused = 0;
+  for (int attempt = 0; attempt < 150; ++attempt) {
+    std::vector<std::byte> bytes = sound;
+    const std::size_t at = generator() % (8 + header);
+    bytes[at] ^= std::byte{1} << generator() % 8;
+    try {
+      static_cast<void>(lite_medsam::load(bytes));
+    } catch (const error&) {
+      ++refused;
+    }
+  }
+  CHECK(refused > 100);
+}
+
+TEST_CASE("a model file that is no LiteMedSAM says what it lacks") {
+  const auto plain = two_tensors().bytes();
+  CHECK(mentions(error_of([&] { static_cast<void>(lite_medsam::load(plain)); }),
+                 {"model in memory", "'format'", "convert.py"}));
+
+  const std::vector<std::byte> sound = tiny_model();
+  const auto changed = [&](const char* key, auto value) {
+    std::uint64_t size = 0;
+    std::memcpy(&size, sound.data(), 8);
+    const char* text = reinterpret_cast<const char*>(sound.data()) + 8;
+    file_builder file;
+    file.header = nlohmann::json::parse(text, text + size);
+    file.data.assign(sound.begin() + 8 + static_cast<index_t>(size), sound.end());
+    nlohmann::json config =
+        nlohmann::json::parse(file.header["__metadata__"]["config"].get<std::string>());
+    config[nlohmann::json::json_pointer(key)] = value;
+    file.header["__metadata__"]["config"] = config.dump();
+    const auto bytes = file.bytes();
+    return error_of([&] { static_cast<void>(lite_medsam::load(bytes)); });
+  };
+  CHECK(mentions(changed("/image_size", 1 << 30), {"image_size", "1073741824"}));
+  CHECK(mentions(changed("/image_size", "big"), {"image_size"}));
+  CHECK(mentions(changed("/stages/1/heads", 7), {"stages[1]", "7 heads"}));
+  CHECK(mentions(changed("/stages/1/window", 1000), {"stages[1]", "window"}));
+  CHECK(mentions(changed("/stages/1/depth", 3), {"layers.1.blocks.2", "missing"}));
+  CHECK(mentions(changed("/stages/0/dim", 24), {"image_encoder", "expected"}));
+  CHECK(mentions(changed("/stages/0/stride", 1), {"masks"}));
+  CHECK(mentions(changed("/decoder/heads", 5), {"heads"}));
+  CHECK(mentions(changed("/decoder/depth", 0), {"decoder.depth"}));
+}
+
+TEST_CASE("files that cannot be opened") {
+  CHECK(mentions(error_of([] { safetensors(std::filesystem::path("/nowhere/m.safetensors")); }),
+                 {"/nowhere/m.safetensors", "No such file"}));
+  CHECK(mentions(error_of([] { safetensors(std::filesystem::temp_directory_path()); }),
+                 {"directory"}));
+}
+
+}  // namespace microtome::tests

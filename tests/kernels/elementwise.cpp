@@ -1,0 +1,93 @@
+#include <limits>
+
+#include <kernels/reference.hpp>
+#include <kernels/table.hpp>
+
+#include "../support.hpp"
+
+namespace microtome::tests {
+
+TEST_CASE("layer_norm equals the scalar reference, also in place") {
+  const kernels::table& kernel = kernels::active();
+  for (const index_t channels : {1, 2, 7, 15, 16, 17, 64, 160, 257})
+    for (const float mean : {0.0f, 100.0f}) {
+      CAPTURE(channels);
+      tensor<float> x = random_tensor({5, channels}, 1);
+      for (float& value : x) value += mean;
+      const tensor<float> gamma = random_tensor({channels}, 2);
+      const tensor<float> beta = random_tensor({channels}, 3);
+      tensor<float> slow(x.extents());
+      const auto in = row_pointers_of<const float>(x.data(), 5, channels);
+      const auto slow_rows = row_pointers_of(slow.data(), 5, channels);
+      kernels::layer_norm_args args{.n = 5,
+                                    .c = channels,
+                                    .x = in.data(),
+                                    .out = slow_rows.data(),
+                                    .gamma = gamma.data(),
+                                    .beta = beta.data(),
+                                    .epsilon = 1e-5f};
+      kernels::reference::layer_norm(args);
+      const auto same_rows = row_pointers_of(x.data(), 5, channels);
+      args.out = same_rows.data();
+      kernel.layer_norm(args);
+      CHECK(max_error(x, slow) < (mean == 0 ? 1e-5 : 2e-4));
+    }
+}
+
+TEST_CASE("activations are accurate over the whole range, at every length") {
+  const kernels::table& kernel = kernels::active();
+  tensor<float> x(shape{40001});
+  for (index_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i - 20000) * 1e-3f;
+  tensor<float> y(x.extents());
+  for (const auto act :
+       {kernels::activation::none, kernels::activation::relu, kernels::activation::gelu}) {
+    kernel.activate(act, x.size(), x.data(), y.data());
+    double worst = 0;
+    for (index_t i = 0; i < x.size(); ++i)
+      worst = std::max(worst, std::abs(y[i] - kernels::reference::activate(act, double{x[i]})) /
+                                  std::max(1.0, std::abs(double{x[i]})));
+    CHECK(worst < 3e-7);
+  }
+  for (const index_t n : {1, 3, 7, 8, 9, 15, 33}) {
+    tensor<float> z(shape{n + 1});
+    z[n] = 42;
+    kernel.activate(kernels::activation::gelu, n, x.data() + 20100, z.data());
+    for (index_t i = 0; i < n; ++i)
+      CHECK(z[i] == doctest::Approx(kernels::reference::activate(kernels::activation::gelu,
+                                                                 double{x[20100 + i]})));
+    CHECK(z[n] == 42);
+  }
+}
+
+TEST_CASE("sigmoid") {
+  const kernels::table& kernel = kernels::active();
+  tensor<float> x(shape{2003});
+  for (index_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i - 1001) * 0.1f;
+  tensor<float> y(x.extents());
+  kernel.sigmoid(x.size(), x.data(), y.data());
+  for (index_t i = 0; i < x.size(); ++i)
+    CHECK(std::abs(y[i] - 1 / (1 + std::exp(-double{x[i]}))) < 3e-7);
+}
+
+TEST_CASE("softmax sums to one and equals the reference") {
+  const kernels::table& kernel = kernels::active();
+  for (const index_t n : {1, 2, 7, 8, 9, 49, 197, 1000}) {
+    tensor<float> x = random_tensor({n}, 1, 4.0f);
+    std::vector<double> expected(x.begin(), x.end());
+    kernels::reference::softmax(n, expected.data());
+    kernel.softmax(n, x.data());
+    CHECK(max_error(x, expected) < 1e-6);
+  }
+}
+
+TEST_CASE("add, with every remainder") {
+  const kernels::table& kernel = kernels::active();
+  for (const index_t n : {1, 7, 8, 9, 31, 100}) {
+    const tensor<float> a = random_tensor({n}, 1), b = random_tensor({n}, 2);
+    tensor<float> sum(shape{n});
+    kernel.add(n, a.data(), b.data(), sum.data());
+    for (index_t i = 0; i < n; ++i) CHECK(sum[i] == a[i] + b[i]);
+  }
+}
+
+}  // namespace microtome::tests

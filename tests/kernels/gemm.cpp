@@ -1,0 +1,116 @@
+#include <kernels/reference.hpp>
+#include <kernels/table.hpp>
+
+#include "../support.hpp"
+
+namespace microtome::tests {
+
+namespace {
+
+struct gemm_case {
+  index_t m, n, k, taps = 1;
+  bool bias = true, residual = false;
+  kernels::activation act = kernels::activation::none;
+};
+
+void check(const gemm_case& g) {
+  CAPTURE(g.m);
+  CAPTURE(g.n);
+  CAPTURE(g.k);
+  CAPTURE(g.taps);
+  const kernels::table& kernel = kernels::active();
+  const index_t depth = g.taps * g.k;
+  // Rows lie apart, in shuffled order, and between guards that must survive.
+  const index_t a_stride = g.k + 3, c_stride = g.n + 5;
+  const tensor<float> a = random_tensor({g.taps * g.m, a_stride}, 1);
+  const tensor<float> b = random_tensor({depth, g.n}, 2);
+  const tensor<float> bias = random_tensor({g.n}, 3);
+  const tensor<float> residual = random_tensor({g.m, c_stride}, 4);
+  std::vector<const float*> a_rows = row_pointers_of(a.data(), g.taps * g.m, a_stride);
+  std::shuffle(a_rows.begin(), a_rows.end(), std::mt19937(5));
+  const auto residual_rows = row_pointers_of(residual.data(), g.m, c_stride);
+
+  tensor<float> packed(shape{kernel.packed_size(depth, g.n)});
+  kernel.pack_b(depth, g.n, b.data(), g.n, 1, packed.data());
+  tensor<float> fast(shape{g.m, c_stride}), slow(shape{g.m, c_stride});
+  const auto run = [&](auto&& function, const float* weights, tensor<float>& c) {
+    const auto c_rows = row_pointers_of(c.data(), g.m, c_stride);
+    function(kernels::gemm_args{.m = g.m,
+                                .n = g.n,
+                                .k = g.k,
+                                .taps = g.taps,
+                                .a = a_rows.data(),
+                                .b = weights,
+                                .c = c_rows.data(),
+                                .bias = g.bias ? bias.data() : nullptr,
+                                .residual = g.residual ? residual_rows.data() : nullptr,
+                                .act = g.act});
+  };
+  run(kernel.gemm, packed.data(), fast);
+  run(kernels::reference::gemm, b.data(), slow);
+  // Partial sums grow with the root of k, and so does the rounding of each of the k additions.
+  CHECK(max_error(fast, slow) <= 1.5e-7 * static_cast<double>(depth) + 3e-6);
+}
+
+}  // namespace
+
+TEST_CASE("gemm equals the scalar reference at every remainder of the register tile") {
+  for (const index_t m : {1, 2, 5, 6, 7, 11, 13, 14, 15, 29})
+    for (const index_t n : {1, 3, 7, 8, 15, 16, 17, 31, 33, 47})
+      for (const index_t k : {1, 2, 3, 19}) check({.m = m, .n = n, .k = k});
+}
+
+TEST_CASE("gemm equals the reference beyond its cache blocks") {
+  check({.m = 3, .n = 37, .k = 2050});
+  check({.m = 401, .n = 70, .k = 131});
+  check({.m = 97, .n = 19, .k = 700});
+}
+
+TEST_CASE("gemm sums over taps") {
+  check({.m = 23, .n = 35, .k = 17, .taps = 9});
+  check({.m = 5, .n = 8, .k = 1, .taps = 4});
+  check({.m = 31, .n = 16, .k = 256, .taps = 9});
+}
+
+TEST_CASE("gemm applies bias, residual and activation") {
+  using kernels::activation;
+  for (const activation act : {activation::none, activation::relu, activation::gelu})
+    for (const bool bias : {false, true})
+      for (const bool residual : {false, true})
+        for (const index_t n : {16, 21})
+          check({.m = 17, .n = n, .k = 33, .bias = bias, .residual = residual, .act = act});
+}
+
+TEST_CASE("gemm gives the same bits for a row wherever it stands") {
+  const kernels::table& kernel = kernels::active();
+  const index_t m = 53, n = 41, k = 300;
+  const tensor<float> a = random_tensor({m, k}, 1);
+  const tensor<float> b = random_tensor({k, n}, 2);
+  tensor<float> packed(shape{kernel.packed_size(k, n)});
+  kernel.pack_b(k, n, b.data(), n, 1, packed.data());
+  const auto run = [&](index_t first, index_t count, tensor<float>& c) {
+    const auto a_rows = row_pointers_of(a.row(first), count, k);
+    const auto c_rows = row_pointers_of(c.row(first), count, n);
+    kernel.gemm(
+        {.m = count, .n = n, .k = k, .a = a_rows.data(), .b = packed.data(), .c = c_rows.data()});
+  };
+  tensor<float> whole(shape{m, n}), parts(shape{m, n});
+  run(0, m, whole);
+  for (index_t row = 0; row < m; row += 5) run(row, std::min<index_t>(5, m - row), parts);
+  CHECK(std::equal(whole.begin(), whole.end(), parts.begin()));
+}
+
+TEST_CASE("pack_b takes a transposed matrix") {
+  const kernels::table& kernel = kernels::active();
+  const index_t n = 21, k = 10;
+  const tensor<float> b = random_tensor({k, n}, 2);
+  tensor<float> transposed(shape{n, k});
+  for (index_t i = 0; i < k; ++i)
+    for (index_t j = 0; j < n; ++j) transposed[j * k + i] = b[i * n + j];
+  tensor<float> one(shape{kernel.packed_size(k, n)}), other(one.extents());
+  kernel.pack_b(k, n, b.data(), n, 1, one.data());
+  kernel.pack_b(k, n, transposed.data(), 1, k, other.data());
+  CHECK(std::equal(one.begin(), one.end(), other.begin()));
+}
+
+}  // namespace microtome::tests

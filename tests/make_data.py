@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Makes the files in tests/data: a small model with seeded weights, what the PyTorch reference
+answers for it, and what OpenCV makes of some images. Needs PyTorch and OpenCV; run by hand when the
+data has to change.
+
+The model is small, but no size in it is round: its maps of 52 x 52, 26 x 26 and 13 x 13 tokens leave
+every kind of partial window.
+"""
+
+import pathlib
+import sys
+import zipfile
+
+import cv2
+import numpy as np
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
+sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "reference", "demo")]
+
+import convert  # noqa: E402
+import lite_medsam  # noqa: E402
+import model_file  # noqa: E402
+import seeded_weights  # noqa: E402
+
+CONFIG = dict(
+    image_size=52,
+    pixel_channels=3,
+    stages=[
+        dict(kind="conv", dim=12, depth=2, expand=3, stride=2),
+        dict(kind="attention", dim=20, depth=2, heads=5, window=7, mlp_ratio=2, stride=2),
+        dict(kind="attention", dim=28, depth=3, heads=4, window=5, mlp_ratio=3, stride=1),
+        dict(kind="attention", dim=36, depth=1, heads=3, window=14, mlp_ratio=4),
+    ],
+    embed_dim=32,
+    mask_in_chans=12,
+    decoder=dict(depth=2, heads=8, mlp_dim=70, attention_downsample=2, multimask_outputs=3,
+                 iou_hidden=40, iou_depth=3),
+)
+RESIZES = [  # height, width, channels: fractions, whole factors, growing, and the thinnest
+    (97, 131, 3), (261, 173, 1), (104, 104, 3), (208, 156, 1), (156, 104, 3), (52, 52, 3),
+    (31, 45, 3), (51, 52, 1), (7, 5, 3), (1, 300, 1), (300, 1, 3), (1, 1, 3),
+]
+
+
+def traced_modules(model):
+    """Every block, merging and neck layer, and the parts of one of each kind."""
+    parts = ["layers.1.downsample", "layers.2.blocks.1"]
+    names = [f"{p}.{q}" for p in parts for q in ("conv1", "conv2", "conv3", "local_conv", "mlp")]
+    names += ["patch_embed"] + [f"neck.{i}" for i in range(4)]
+    for i, stage in enumerate(CONFIG["stages"]):
+        names += [f"layers.{i}.blocks.{j}" for j in range(stage["depth"])] + [f"layers.{i}.downsample"]
+    present = {name for name, _ in model.image_encoder.named_modules()}
+    return [f"image_encoder.{name}" for name in names if name in present]
+
+
+def make_golden(model):
+    rng = np.random.default_rng(7)
+    side = CONFIG["image_size"]
+    golden = {"image": rng.uniform(0, 1, (1, 3, side, side)).astype(np.float32)}
+    for name in traced_modules(model):
+        def keep(_, __, output, name=name):
+            golden[f"module.{name}"] = output.numpy()
+        model.get_submodule(name).register_forward_hook(keep)
+
+    boxes = np.array([[3, 5, 30, 41], [10, 0, 51, 22], [0, 0, 52, 52], [20, 20, 24, 23], [7, 9, 8, 10]])
+    points = np.array([[[13.0, 20.0], [40.0, 7.0], [22.0, 50.0]]], np.float32)
+    labels = np.array([[1, 0, 1]])
+    mask = rng.normal(0, 4, (1, 1, side, side)).astype(np.float32)
+    with torch.no_grad():
+        embedding = model.image_encoder(torch.tensor(golden["image"]))
+        golden["image_embedding"] = embedding.numpy()
+        golden["dense_position"] = model.prompt_encoder.dense_position().numpy()
+
+        def answer(name, multimask, **prompts):
+            masks, iou = model.decode(embedding, multimask, **prompts)
+            golden[f"{name}.low_res_masks"] = masks.numpy()
+            golden[f"{name}.iou_predictions"] = iou.numpy()
+
+        box, point, label = torch.tensor(boxes).float(), torch.tensor(points), torch.tensor(labels)
+        answer("boxes", False, boxes=box)
+        answer("multimask", True, boxes=box[:1])
+        answer("points", True, points=point, labels=label)
+        answer("points_mask", False, points=point, labels=label, masks=torch.tensor(mask))
+        answer("points_box_mask", True, points=point, labels=label, boxes=box[1:2],
+               masks=torch.tensor(mask))
+    golden |= {"box_prompts": boxes.astype(np.float32), "point_prompts": points[0],
+               "point_labels": labels[0].astype(np.float32), "mask_prompt": mask}
+    return golden
+
+
+def make_resizes():
+    rng = np.random.default_rng(11)
+    side = CONFIG["image_size"]
+    arrays = {}
+    for height, width, channels in RESIZES:
+        image = rng.integers(0, 256, (height, width, channels), np.uint8)
+        scale = side / max(height, width)
+        size = max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        name = f"{height}x{width}x{channels}"
+        arrays[f"{name}.image"] = image
+        arrays[f"{name}.resized"] = small.reshape(size[1], size[0], channels)
+    return arrays
+
+
+def make_bomb(path):
+    """An archive of 20 kB whose array unpacks to 20 MB of zeros, and says that it is 8 GB."""
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (2000, 2000, 2000), }"
+    header += b" " * (63 - (10 + len(header)) % 64) + b"\n"
+    npy = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        archive.writestr("imgs.npy", npy + bytes(20_000_000))
+
+
+def main():
+    DATA.mkdir(exist_ok=True)
+    state = seeded_weights.seeded_state(CONFIG, seed=3)
+    tensors, config = convert.convert(state, CONFIG)
+    model_file.write(DATA / "tiny.safetensors", tensors, config)
+    model = lite_medsam.LiteMedSAM(CONFIG).eval()
+    missing, unexpected = model.load_state_dict(
+        {k: torch.tensor(v) for k, v in state.items()}, strict=False)
+    assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)
+    np.savez_compressed(DATA / "tiny_golden.npz", **make_golden(model))
+    np.savez_compressed(DATA / "resize.npz", **make_resizes())
+    numbers = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    np.savez(DATA / "column_major.npz", a=np.asfortranarray(numbers))
+    make_bomb(DATA / "bomb.npz")
+    for file in sorted(DATA.iterdir()):
+        print(f"{file.name}: {file.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

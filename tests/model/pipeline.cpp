@@ -1,0 +1,180 @@
+#include "golden_support.hpp"
+
+namespace microtome::tests {
+
+namespace {
+
+const lite_medsam& tiny_model() {
+  static const lite_medsam model = lite_medsam::load(data_file("tiny.safetensors"));
+  return model;
+}
+
+tensor<std::uint8_t> random_pixels(shape extents, unsigned seed) {
+  std::mt19937 generator(seed);
+  tensor<std::uint8_t> pixels(extents);
+  for (std::uint8_t& value : pixels) value = static_cast<std::uint8_t>(generator());
+  return pixels;
+}
+
+/// LiteMedSAM's own order of work: one object after the other, one slice after the other, from the
+/// middle up, then from the middle down.
+label_map one_by_one(const tensor<std::uint8_t>& volume, std::span<const voxel_box> boxes) {
+  session s(tiny_model());
+  const index_t side = tiny_model().config.image_size;
+  const index_t depth = volume.extent(0), height = volume.extent(1), width = volume.extent(2);
+  label_map labels(volume.extents());
+  tensor<float> input(shape{side * side, 3});
+  const auto mask_of = [&](index_t z, const box& prompt) {
+    const fitted_image fit = preprocess({volume.row(z), {height, width, 1}}, side, input);
+    s.encode(input);
+    const decoded_masks masks = s.decode(std::span(&prompt, 1));
+    tensor<std::uint8_t> mask(shape{height, width, 1});
+    resize_bilinear({masks.low_res_masks.data(), {side, side}}, fit.scaled_height, fit.scaled_width,
+                    height, width, 0, height,
+                    [&](index_t y, index_t x, float v) { mask[y * width + x] = v > 0; });
+    return mask;
+  };
+  const fitted_image fit = fitted_image::of(height, width, side);
+  const auto next = [&](const tensor<std::uint8_t>& mask, const box& original) {
+    const auto small = resize_area(mask, fit.scaled_height, fit.scaled_width);
+    index_t x0 = side, y0 = side, x1 = -1, y1 = -1;
+    for (index_t i = 0; i < small.size(); ++i)
+      if (small[i]) {
+        x0 = std::min(x0, i % fit.scaled_width), x1 = std::max(x1, i % fit.scaled_width);
+        y0 = std::min(y0, i / fit.scaled_width), y1 = std::max(y1, i / fit.scaled_width);
+      }
+    if (x1 < 0) return original;
+    return box{static_cast<float>(std::max<index_t>(0, x0 - 3)),
+               static_cast<float>(std::max<index_t>(0, y0 - 3)),
+               static_cast<float>(std::min(side, x1 + 3)),
+               static_cast<float>(std::min(side, y1 + 3))};
+  };
+  for (std::size_t i = 0; i < boxes.size(); ++i) {
+    const voxel_box& b = boxes[i];
+    const box original = fit.to_input({b.x0, b.y0, b.x1, b.y1});
+    const index_t last = std::min(b.z1, depth - 1), middle = (b.z0 + b.z1) / 2;
+    label_map mine(volume.extents());
+    const auto keep = [&](index_t z, const tensor<std::uint8_t>& mask) {
+      for (index_t p = 0; p < mask.size(); ++p) mine.row(z)[p] = mask[p];
+      return next(mask, original);
+    };
+    const box after_middle = keep(middle, mask_of(middle, original));
+    box prompt = after_middle;
+    for (index_t z = middle + 1; z <= last; ++z) prompt = keep(z, mask_of(z, prompt));
+    prompt = after_middle;
+    for (index_t z = middle - 1; z >= b.z0; --z) prompt = keep(z, mask_of(z, prompt));
+    for (index_t p = 0; p < labels.size(); ++p)
+      if (mine[p]) labels[p] = static_cast<std::uint16_t>(i + 1);
+  }
+  return labels;
+}
+
+}  // namespace
+
+TEST_CASE("a volume's objects together give what they give one by one") {
+  const tensor<std::uint8_t> volume = random_pixels({43, 71, 60}, 1);
+  const voxel_box boxes[] = {{5, 8, 2, 40, 50, 40},
+                             {20, 30, 0, 59, 70, 11},
+                             {0, 0, 20, 60, 71, 43},
+                             {30, 10, 7, 41, 22, 7},
+                             {12, 12, 41, 33, 31, 42}};
+  session s(tiny_model());
+  index_t last_done = 0, promised = 0;
+  const label_map labels = segment(s, volume, boxes, [&](index_t done, index_t total) {
+    CHECK(done > last_done);
+    last_done = done;
+    promised = total;
+  });
+  CHECK(last_done == promised);
+  CHECK(promised == 39 + 12 + 23 + 1 + 2);
+  const label_map expected = one_by_one(volume, boxes);
+  CHECK(std::equal(labels.begin(), labels.end(), expected.begin()));
+  std::vector<int> seen(6);
+  for (const std::uint16_t label : labels) ++seen[label];
+  CHECK(std::count_if(seen.begin(), seen.end(), [](int n) { return n > 0; }) >= 3);
+}
+
+TEST_CASE("later boxes are drawn over earlier ones") {
+  const tensor<std::uint8_t> image = random_pixels({80, 61, 3}, 2);
+  const pixel_box boxes[] = {{5, 5, 40, 60}, {10, 0, 61, 80}, {5, 5, 40, 60}};
+  session s(tiny_model());
+  const label_map all = segment(s, image, boxes);
+  const label_map alone = segment(s, image, std::span(boxes, 1));
+  index_t marked = 0;
+  for (index_t i = 0; i < all.size(); ++i) {
+    CHECK(all[i] != 1);  // the third box is the first once more
+    if (alone[i]) CHECK(all[i] == 3);
+    marked += alone[i] != 0;
+  }
+  CHECK(marked > 0);
+}
+
+TEST_CASE("many boxes decode in chunks like few") {
+  const tensor<std::uint8_t> image = random_pixels({52, 52, 3}, 3);
+  std::vector<pixel_box> boxes;
+  for (index_t i = 0; i < 300; ++i) boxes.push_back({i % 40, i / 10, i % 40 + 9, i / 10 + 11});
+  session s(tiny_model());
+  const label_map labels = segment(s, image, boxes);
+  label_map expected(labels.extents());
+  for (std::size_t i = 0; i < boxes.size(); ++i) {
+    const label_map one = segment(s, image, std::span(boxes).subspan(i, 1));
+    for (index_t p = 0; p < one.size(); ++p)
+      if (one[p]) expected[p] = static_cast<std::uint16_t>(i + 1);
+  }
+  CHECK(std::equal(labels.begin(), labels.end(), expected.begin()));
+}
+
+TEST_CASE("no boxes, tiny images, one colour") {
+  session s(tiny_model());
+  const label_map none = segment(s, random_pixels({9, 7, 3}, 1), std::span<const pixel_box>{});
+  CHECK(std::all_of(none.begin(), none.end(), [](std::uint16_t v) { return v == 0; }));
+  const pixel_box all{0, 0, 1, 1};
+  CHECK(segment(s, random_pixels({1, 1, 3}, 1), std::span(&all, 1)).size() == 1);
+  tensor<std::uint8_t> black(shape{30, 40, 1});
+  const pixel_box box{3, 3, 20, 20};
+  CHECK(segment(s, black, std::span(&box, 1)).extents() == shape{30, 40});
+}
+
+TEST_CASE("boxes that make no sense are named") {
+  session s(tiny_model());
+  const tensor<std::uint8_t> image = random_pixels({30, 40, 3}, 1);
+  const auto flat_error = [&](pixel_box b) {
+    const pixel_box boxes[] = {{1, 1, 5, 5}, b};
+    return error_of([&] { static_cast<void>(segment(s, image, boxes)); });
+  };
+  CHECK(mentions(flat_error({10, 10, 5, 20}), {"box 1", "(10, 10, 5, 20)", "reversed"}));
+  CHECK(mentions(flat_error({10, 10, 10, 20}), {"box 1", "empty"}));
+  CHECK(mentions(flat_error({-1, 10, 10, 20}), {"box 1", "outside", "40 x 30"}));
+  CHECK(mentions(flat_error({1, 10, 41, 20}), {"box 1", "outside"}));
+  const tensor<std::uint8_t> volume = random_pixels({6, 30, 40}, 1);
+  const auto deep_error = [&](voxel_box b) {
+    return error_of([&] { static_cast<void>(segment(s, volume, std::span(&b, 1))); });
+  };
+  CHECK(mentions(deep_error({1, 1, 4, 9, 9, 2}), {"box 0", "z0 = 4", "z1 = 2"}));
+  CHECK(mentions(deep_error({1, 1, 6, 9, 9, 6}), {"box 0", "outside the volume of 6"}));
+  CHECK(mentions(deep_error({1, 1, -1, 9, 9, 3}), {"box 0", "outside"}));
+  CHECK(mentions(deep_error({1, 1, 0, 9, 9, 7}), {"box 0", "outside"}));
+  CHECK(mentions(deep_error({9, 1, 0, 1, 9, 3}), {"box 0", "reversed"}));
+}
+
+TEST_CASE("preprocessing: longest side fitted, minimum to maximum, zeros beyond") {
+  tensor<std::uint8_t> image(shape{26, 13, 1});
+  for (index_t i = 0; i < image.size(); ++i) image[i] = static_cast<std::uint8_t>(50 + i % 100);
+  tensor<float> input(shape{52 * 52, 3});
+  const fitted_image fit = preprocess(image, 52, input);
+  CHECK(fit.scaled_height == 52);
+  CHECK(fit.scaled_width == 26);
+  CHECK(*std::min_element(input.begin(), input.end()) == 0.0f);
+  CHECK(*std::max_element(input.begin(), input.end()) == 1.0f);
+  for (index_t p = 0; p < 52 * 52; ++p) {
+    CHECK(input[3 * p] == input[3 * p + 2]);
+    if (p % 52 >= 26) CHECK(input[3 * p] == 0.0f);
+  }
+  const box b = fitted_image::of(2604, 1726, 256).to_input({131, 1532, 475, 1895});
+  CHECK(b.x0 == 12);
+  CHECK(b.y0 == 150);
+  CHECK(b.x1 == 46);
+  CHECK(b.y1 == 186);
+}
+
+}  // namespace microtome::tests
