@@ -154,13 +154,17 @@ class Archive:
     def __init__(self, path):
         try:
             self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile:
+        except OSError:
+            raise
+        except Exception as error:  # zipfile raises many kinds for a damaged directory
             with open(path, "rb") as file:
                 if file.read(2) == b"\x80\x02":
                     raise CheckpointError(
                         "this is the format of PyTorch before 1.6: load it there and save it again"
                     ) from None
-            raise CheckpointError("not a checkpoint, or cut off: no ZIP archive") from None
+            raise CheckpointError(
+                f"not a checkpoint, or cut off: no ZIP archive ({error})"
+            ) from None
         roots = [n.split("/")[0] for n in self._zip.namelist() if n.endswith("/data.pkl")]
         if len(roots) != 1:
             raise CheckpointError("not a checkpoint: no data.pkl in the archive")
@@ -183,7 +187,9 @@ class Archive:
             return self._zip.read(entry)
         except KeyError:
             raise CheckpointError(f"{name} is missing from the archive") from None
-        except (zipfile.BadZipFile, EOFError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # as above
             raise CheckpointError(f"{name} is damaged: {error}") from None
 
     def read_storage(self, storage):

@@ -110,7 +110,8 @@ def make_bomb(path):
     header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (2000, 2000, 2000), }"
     header += b" " * (63 - (10 + len(header)) % 64) + b"\n"
     npy = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    np.savez(path, boxes=np.array([[1, 1, 1, 9, 9, 3]]))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         archive.writestr("imgs.npy", npy + bytes(20_000_000))
 
 
