@@ -1,0 +1,59 @@
+"""The example in examples/embed, built by CMake from an installation and by the README's bare
+compiler line, gives what the program gives."""
+
+import os
+import re
+import subprocess
+
+import cv2
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+EXAMPLE = ROOT / "examples" / "embed"
+
+
+def read_pgm(path):
+    return cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("image")
+    pixels = np.random.default_rng(4).integers(0, 256, (77, 93, 3), np.uint8)
+    cv2.imwrite(str(folder / "image.ppm"), pixels)
+    cv2.imwrite(str(folder / "image.png"), pixels)
+    return folder
+
+
+def check(embed, run, tiny_model, image, tmp_path):
+    box = ["7", "9", "60", "70"]
+    done = subprocess.run([embed, tiny_model, image / "image.ppm", *box, tmp_path / "m.pgm"])
+    assert done.returncode == 0
+    run("segment", "-m", tiny_model, "-i", image / "image.png", "-o", tmp_path, "--box", ",".join(box))
+    expected = cv2.imread(str(tmp_path / "image.png")).any(-1)
+    got = read_pgm(tmp_path / "m.pgm") > 0
+    assert expected.any() and (got == expected).all()
+    bad = subprocess.run([embed, "nowhere", image / "image.ppm", *box, tmp_path / "n.pgm"],
+                         capture_output=True, text=True)
+    assert bad.returncode == 1 and "nowhere" in bad.stderr
+
+
+def test_with_the_bare_compiler_line(run, tiny_model, image, tmp_path):
+    line = re.search(r"^ *(g\+\+ -std=c\+\+20 .*main\.cpp.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert line, "the README shows no compiler line"
+    command = line[1].replace("path/to/microtome", str(ROOT)).replace("main.cpp", str(EXAMPLE / "main.cpp"))
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    check(tmp_path / "main", run, tiny_model, image, tmp_path)
+
+
+def test_with_cmake_from_an_installation(run, tiny_model, image, tmp_path):
+    build = os.environ.get("MICROTOME_BUILD", ROOT / "build" / "release")
+    prefix = tmp_path / "prefix"
+    quiet = dict(check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--install", build, "--prefix", prefix], **quiet)
+    assert (prefix / "bin" / "microtome").exists()
+    subprocess.run(["cmake", "-S", EXAMPLE, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={prefix}"], **quiet)
+    subprocess.run(["cmake", "--build", tmp_path / "b"], **quiet)
+    check(tmp_path / "b" / "embed", run, tiny_model, image, tmp_path)
