@@ -12,9 +12,11 @@ import pathlib
 
 import numpy as np
 
+from fields import blur, object_boxes, smooth_noise, wavy_radius
+
 SIDE = 512
 SLICES = 28
-SPACING = (5.0, 0.8, 0.8)  # mm along z, y, x
+SPACING = (0.8, 0.8, 5.0)  # mm along x, y, z, as SimpleITK orders them
 
 # Organ: centre (x, y, z), half axes, both in units of half the body, turn in degrees, brightness.
 # Image coordinates, as radiologists look at them: the patient's right is at the left, front is up.
@@ -28,26 +30,6 @@ ORGANS = {
 }
 BODY_WIDTH, BODY_HEIGHT = 0.86, 0.66  # share of the picture
 FAT, MUSCLE, BONE, AIR = 0.22, 0.50, 1.0, 0.0
-
-
-def smooth_noise(rng, shape, scale):
-    """Gaussian noise of unit variance, smoothed to features of about `scale` pixels per axis."""
-    spectrum = np.fft.rfftn(rng.standard_normal(shape))
-    for axis, (n, s) in enumerate(zip(shape, scale)):
-        last = axis == len(shape) - 1
-        f = np.fft.rfftfreq(n) if last else np.fft.fftfreq(n)
-        view = [1] * len(shape)
-        view[axis] = f.size
-        spectrum = spectrum * np.exp(-2 * (np.pi * f * s) ** 2).reshape(view)
-    noise = np.fft.irfftn(spectrum, shape, axes=range(len(shape)))
-    return (noise / noise.std()).astype(np.float32)
-
-
-def blur(volume, sigma):
-    """Gaussian blur within slices."""
-    f = np.exp(-2 * (np.pi * np.fft.fftfreq(volume.shape[-1]) * sigma) ** 2)
-    spectrum = np.fft.fft2(volume) * f[:, None] * f
-    return np.fft.ifft2(spectrum).real.astype(np.float32)
 
 
 class Body:
@@ -75,17 +57,9 @@ class Body:
             np.abs(self.line / BODY_HEIGHT - centre[1]) < reach,
             np.abs(self.line / BODY_WIDTH - centre[0]) < reach,
         )
-        turn = np.deg2rad(turn)
-        dx, dy = self.x[near] - centre[0], self.y[near] - centre[1]
-        u = (dx * np.cos(turn) + dy * np.sin(turn)) / axes[0]
-        v = (dy * np.cos(turn) - dx * np.sin(turn)) / axes[1]
-        angle = np.arctan2(v, u)
-        ripple = sum(
-            self.rng.normal(0, waves / k) * np.cos(k * angle + self.rng.uniform(0, 6.28))
-            for k in (2, 3, 4, 5)
-        )
+        radius = wavy_radius(self.rng, self.x[near], self.y[near], centre, axes, turn, waves)
         height = (self.z[near[0]] - centre[2]) / axes[2]
-        inside[near] = np.hypot(u, v) * (1 + ripple) < np.sqrt(1 - height**2)
+        inside[near] = radius < np.sqrt(1 - height**2)
         return inside
 
     def grain(self, scale):
@@ -166,23 +140,6 @@ def make_volume(rng, slices, side):
     return np.clip(image * 235, 0, 255).astype(np.uint8), body.labels
 
 
-def object_boxes(labels, rng, margin=6):
-    """(N, 2 * axes) boxes around each label as x0, y0[, z0], x1, y1[, z1], a little too large, as a
-    person would draw them."""
-    boxes = []
-    for label in np.unique(labels[labels > 0]):
-        where = [(axis.min(), axis.max()) for axis in np.nonzero(labels == label)]
-        low, high = [], []
-        for (first, last), n in zip(where[-1:-3:-1], labels.shape[-1:-3:-1]):
-            low.append(max(0, first - rng.integers(0, margin)))
-            high.append(min(n, last + 1 + rng.integers(0, margin)))
-        if labels.ndim == 3:
-            low.append(where[0][0])
-            high.append(where[0][1])
-        boxes.append(low + high)
-    return np.array(boxes, np.int64)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-o", "--output", required=True, help="folder for 2D_phantom.npz and 3D_phantom.npz")
@@ -200,7 +157,7 @@ def main():
         imgs=np.repeat(image[middle][..., None], 3, 2),
         gts=slice_labels,
         boxes=object_boxes(slice_labels, rng),
-        spacing=np.array(SPACING[1:]),
+        spacing=np.array(SPACING[:2]),
     )
     np.savez_compressed(
         folder / "3D_phantom.npz",

@@ -197,9 +197,9 @@ TEST_CASE("a model file that is no LiteMedSAM says what it lacks") {
 }
 
 TEST_CASE("files that cannot be opened") {
-  CHECK(mentions(error_of([] { safetensors(std::filesystem::path("/nowhere/m.safetensors")); }),
+  CHECK(mentions(error_of([] { safetensors{std::filesystem::path("/nowhere/m.safetensors")}; }),
                  {"/nowhere/m.safetensors", "No such file"}));
-  CHECK(mentions(error_of([] { safetensors(std::filesystem::temp_directory_path()); }),
+  CHECK(mentions(error_of([] { safetensors{std::filesystem::temp_directory_path()}; }),
                  {"directory"}));
 }
 

@@ -106,7 +106,8 @@ inline void replace_file(const std::filesystem::path& path, std::span<const std:
   std::FILE* file = std::fopen(temporary.string().c_str(), "wbx");
   if (!file) fail(path.string(), ": cannot be created: ", std::strerror(errno));
   const bool written =
-      std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && std::fflush(file) == 0;
+      (bytes.empty() || std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size()) &&
+      std::fflush(file) == 0;
   const int reason = errno;
   if (std::fclose(file) != 0 || !written) give_up("cannot be written", reason);
   std::error_code failed;

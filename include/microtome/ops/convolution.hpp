@@ -7,6 +7,22 @@
 
 namespace microtome {
 
+namespace detail {
+
+/// Packs the weight (out, in, h, w) of a convolution for a GEMM over h * w taps of `in` channels.
+inline packed_weight pack_taps(const tensor<float>& weight) {
+  const index_t out = weight.extent(0), in = weight.extent(1);
+  const index_t taps = weight.extent(2) * weight.extent(3);
+  tensor<float> taps_first(shape{taps, in, out});
+  for (index_t o = 0; o < out; ++o)
+    for (index_t i = 0; i < in; ++i)
+      for (index_t tap = 0; tap < taps; ++tap)
+        taps_first[(tap * in + i) * out + o] = weight[(o * in + i) * taps + tap];
+  return packed_weight(taps * in, out, taps_first.data(), out, 1);
+}
+
+}  // namespace detail
+
 /// Dense 3x3 convolution with padding 1 and no bias, over token-major pixels: a GEMM whose rows are
 /// read nine times, once per tap, where they lie (a row of zeros outside the map).
 class convolution3x3 {
@@ -16,13 +32,7 @@ public:
   /// Reads `<name>.weight` (out, in, 3, 3).
   convolution3x3(const safetensors& file, const std::string& name, index_t in, index_t out)
       : in_(in), zeros_(shape{in}) {
-    const tensor<float> read = file.read(name + ".weight", {out, in, 3, 3});
-    tensor<float> taps(shape{9, in, out});
-    for (index_t o = 0; o < out; ++o)
-      for (index_t i = 0; i < in; ++i)
-        for (index_t tap = 0; tap < 9; ++tap)
-          taps[(tap * in + i) * out + o] = read[(o * in + i) * 9 + tap];
-    weight_ = packed_weight(9 * in, out, taps.data(), out, 1);
+    weight_ = detail::pack_taps(file.read(name + ".weight", {out, in, 3, 3}));
   }
 
   index_t out() const { return weight_.width(); }
@@ -67,13 +77,7 @@ public:
   /// Reads `<name>.weight` (out, in, 2, 2) and `<name>.bias` (out).
   convolution2x2(const safetensors& file, const std::string& name, index_t in, index_t out)
       : in_(in), bias_(file.read(name + ".bias", {out})) {
-    const tensor<float> read = file.read(name + ".weight", {out, in, 2, 2});
-    tensor<float> taps(shape{4, in, out});
-    for (index_t o = 0; o < out; ++o)
-      for (index_t i = 0; i < in; ++i)
-        for (index_t tap = 0; tap < 4; ++tap)
-          taps[(tap * in + i) * out + o] = read[(o * in + i) * 4 + tap];
-    weight_ = packed_weight(4 * in, out, taps.data(), out, 1);
+    weight_ = detail::pack_taps(file.read(name + ".weight", {out, in, 2, 2}));
   }
 
   index_t out() const { return weight_.width(); }

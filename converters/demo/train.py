@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""Trains the demo checkpoint: LiteMedSAM's full architecture on generated images (scenes.py).
+
+The schedule is a time, not a number of steps, so that it fits the machine: warm-up, then the learning
+rate falls along a cosine to zero when `--minutes` have been spent. Training goes on where it was
+interrupted: the same command continues from `--output`, which holds the weights (and their running
+mean, which is what is exported), the optimizer, the time spent and the curves.
+
+    python3 train.py -o demo.pth --minutes 30                    # a GPU
+    python3 train.py -o demo.pth --minutes 600 --small-share 0.7 # a CPU: most of it at half the size
+    python3 train.py -o demo.pth --export lite_medsam_demo.pth   # the original's key naming
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "reference")]
+
+import lite_medsam  # noqa: E402
+import scenes  # noqa: E402
+import seeded_weights  # noqa: E402
+
+POINTS_SHARE = 0.15  # of the batches are prompted with points in place of boxes
+EMA_DECAY = 0.998
+
+
+class Scenes(torch.utils.data.Dataset):
+    """Image `i` of a seed, always the same, with `prompts` of its objects: boxes and points."""
+
+    def __init__(self, seed, side, prompts):
+        self.seed, self.side, self.prompts = seed, side, prompts
+
+    def __len__(self):
+        return 1 << 40
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([self.seed, self.side, index])
+        image, labels = scenes.make_scene(rng, self.side)
+        image, labels = self.turned(rng, image, labels)
+        pixels = image.astype(np.float32)
+        pixels = (pixels - pixels.min()) / max(pixels.max() - pixels.min(), 1e-8)
+        chosen = rng.choice(np.arange(1, labels.max() + 1), self.prompts)
+        masks = labels == chosen[:, None, None]
+        boxes = np.stack([jittered_box(rng, mask) for mask in masks])
+        points = np.stack([two_points(rng, mask) for mask in masks])
+        return (
+            torch.from_numpy(pixels.transpose(2, 0, 1).copy()),
+            torch.from_numpy(masks),
+            torch.from_numpy(boxes.astype(np.float32)),
+            torch.from_numpy(points.astype(np.float32)),
+        )
+
+    @staticmethod
+    def turned(rng, image, labels):
+        turns = rng.integers(0, 4)
+        image, labels = np.rot90(image, turns), np.rot90(labels, turns)
+        if rng.random() < 0.5:
+            image, labels = image[:, ::-1], labels[:, ::-1]
+        return image, labels
+
+
+def jittered_box(rng, mask):
+    """x0, y0, x1, y1 around a mask, each side off by a few pixels, rather too large than too small."""
+    ys, xs = np.nonzero(mask)
+    box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+    reach = max(2.0, 0.06 * max(box[2] - box[0], box[3] - box[1]))
+    off = np.round(rng.uniform(-0.3 * reach, reach, 4))
+    box = box + off * [-1, -1, 1, 1]
+    return np.clip(box, 0, mask.shape[0])
+
+
+def two_points(rng, mask):
+    """One point inside and one outside, x and y."""
+    inside, outside = np.argwhere(mask), np.argwhere(~mask)
+    pair = [inside[rng.integers(len(inside))], outside[rng.integers(len(outside))]]
+    return np.array(pair)[:, ::-1]
+
+
+def mask_losses(logits, masks):
+    """Dice plus 20 times focal loss (Kirillov et al. 2023) and the true IoU, each (prompts, masks), of
+    logits (prompts, masks, h, w) against masks (prompts, h, w)."""
+    target = masks[:, None].float().expand_as(logits)
+    probability = logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    focal = (entropy * (probability - target).abs() ** 2).mean((2, 3))
+    both = (probability * target).sum((2, 3))
+    dice = 1 - (2 * both + 1) / (probability.sum((2, 3)) + target.sum((2, 3)) + 1)
+    with torch.no_grad():
+        found = logits > 0
+        overlap = (found & (target > 0)).sum((2, 3))
+        iou = overlap / ((found | (target > 0)).sum((2, 3)) + 1e-6)
+    return dice + 20 * focal, iou
+
+
+def step_loss(model, batch, with_points, autocast):
+    image, masks, boxes, points = batch
+    prompts = boxes.shape[1]
+    with autocast:
+        embedding = model.image_encoder(image).repeat_interleave(prompts, 0)
+        if with_points:
+            labels = torch.tensor([1, 0], device=image.device).expand(len(image) * prompts, 2)
+            asked = dict(points=points.flatten(0, 1), labels=labels)
+        else:
+            asked = dict(boxes=boxes.flatten(0, 1))
+        logits, iou = model.decode(embedding, multimask=with_points, **asked)
+    losses, true_iou = mask_losses(logits.float(), masks.flatten(0, 1))
+    # Points are ambiguous: of three masks the best one learns.
+    mask_loss = losses.min(1).values.mean()
+    iou_loss = F.mse_loss(iou.float(), true_iou)
+    return mask_loss + iou_loss, mask_loss.item(), true_iou.max(1).values.mean().item()
+
+
+class Training:
+    """Everything that an interrupted training needs to go on."""
+
+    def __init__(self, options, device):
+        torch.manual_seed(options.seed)
+        config = dict(seeded_weights.LITE_MEDSAM)
+        self.config = config
+        self.model = lite_medsam.LiteMedSAM(config)
+        self.optimizer = None
+        self.mean = copy.deepcopy(self.model.state_dict())
+        self.seconds, self.step, self.images, self.curve = 0.0, 0, 0, []
+        self.device = device
+        self.path = pathlib.Path(options.output)
+        saved = torch.load(self.path, map_location="cpu") if self.path.exists() else None
+        if saved:
+            self.model.load_state_dict(saved["model"])
+            self.mean = saved["mean"]
+            self.seconds, self.step = saved["seconds"], saved["step"]
+            self.images, self.curve = saved["images"], saved["curve"]
+        self.model.to(device)
+        self.mean = {k: v.to(device) for k, v in self.mean.items()}
+        decay = [p for p in self.model.parameters() if p.ndim >= 2]
+        rest = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [dict(params=decay, weight_decay=0.02), dict(params=rest, weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98))
+        if saved:
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def at_size(self, side):
+        """The same parameters in a model for images of another side: only positions depend on it."""
+        if side == self.config["image_size"]:
+            return self.model
+        other = lite_medsam.LiteMedSAM({**self.config, "image_size": side}).to(self.device)
+        names = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, module in other.named_modules():
+            for key in list(module._parameters) + list(module._buffers):
+                full = f"{name}.{key}" if name else key
+                if key in module._parameters:
+                    module._parameters[key] = names[full]
+                else:
+                    module._buffers[key] = names[full]
+        return other
+
+    def save(self):
+        """All or nothing."""
+        state = {
+            "model": self.model.state_dict(), "mean": self.mean, "optimizer": self.optimizer.state_dict(),
+            "seconds": self.seconds, "step": self.step, "images": self.images, "curve": self.curve,
+        }
+        temporary = self.path.with_suffix(".part")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+
+    @torch.no_grad()
+    def average(self):
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                self.mean[name].lerp_(value, 1 - decay)
+            else:
+                self.mean[name].copy_(value)
+
+
+def learning_rate(share, peak):
+    """After `share` of the time: 2 % of warm-up, then a cosine."""
+    if share < 0.02:
+        return peak * (share / 0.02 + 1e-3)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - 0.02) / 0.98))) + 1e-7
+
+
+def train(training, options, device):
+    total = 60 * options.minutes
+    stopped = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stopped.append(True))
+    cuda = device.type == "cuda"
+    autocast = (
+        torch.autocast("cuda", torch.bfloat16) if cuda
+        else torch.autocast("cpu", torch.bfloat16) if options.bf16
+        else contextlib.nullcontext()
+    )
+    full = training.config["image_size"]
+    saved, side, loader = time.monotonic(), None, None
+    model = batches = None
+    recent = []
+    while training.seconds < total and not stopped:
+        share = training.seconds / total
+        wanted = full // 2 if share < options.small_share else full
+        if wanted != side:
+            side = wanted
+            model = training.at_size(side).train()
+            data = Scenes(options.seed, side, options.prompts)
+            batch = options.batch if side == full else options.batch * 2
+            order = range(training.images, 1 << 40)
+            loader = torch.utils.data.DataLoader(
+                data, batch, sampler=order, num_workers=options.workers, pin_memory=cuda,
+                prefetch_factor=4 if options.workers else None,
+            )
+            batches = iter(loader)
+        start = time.monotonic()
+        batch = [t.to(device, non_blocking=True) for t in next(batches)]
+        with_points = np.random.default_rng([options.seed, training.step]).random() < POINTS_SHARE
+        for group in training.optimizer.param_groups:
+            group["lr"] = learning_rate(share, options.rate)
+        loss, mask_loss, iou = step_loss(model, batch, with_points, autocast)
+        training.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
+        training.optimizer.step()
+        training.average()
+        training.step += 1
+        training.images += len(batch[0])
+        training.seconds += time.monotonic() - start
+        if not with_points:
+            recent.append((mask_loss, iou))
+        if training.step % options.report == 0 and recent:
+            loss, iou = np.mean(recent, 0)
+            recent = []
+            training.curve.append((training.step, training.seconds, float(loss), float(iou)))
+            print(f"step {training.step}  {training.seconds / 60:.1f} of {options.minutes} min  side {side}  "
+                  f"loss {loss:.3f}  IoU {iou:.3f}", flush=True)
+        if time.monotonic() - saved > 120:
+            training.save()
+            saved = time.monotonic()
+    training.save()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("-o", "--output", required=True, help="training state, written and continued")
+    parser.add_argument("--minutes", type=float, default=30, help="time to train for, in all (%(default)s)")
+    parser.add_argument("--small-share", type=float, default=0.0,
+                        help="share of the time, from the start, at half the image size (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images (twice at half size) (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts for each image (%(default)s)")
+    parser.add_argument("--rate", type=float, default=8e-4, help="peak learning rate (%(default)s)")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--report", type=int, default=50, help="steps between lines (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="bf16 on the CPU, where it has it")
+    parser.add_argument("--export", help="write the state dict of the running mean here, and stop")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    training = Training(options, device)
+    if options.export:
+        torch.save({k: v.cpu() for k, v in training.mean.items()}, options.export)
+        curve = json.dumps([[s, round(t), round(l, 4), round(i, 4)] for s, t, l, i in training.curve])
+        pathlib.Path(options.export).with_suffix(".json").write_text(curve)
+        return
+    train(training, options, device)
+
+
+if __name__ == "__main__":
+    main()
