@@ -14,6 +14,7 @@ using command = std::function<int()>;
 command add_segment(CLI::App& app);
 command add_trace(CLI::App& app);
 command add_bench(CLI::App& app);
+command add_eval(CLI::App& app);
 command add_info(CLI::App& app);
 
 /// What the user asked for makes no sense, though the parser could read it.

@@ -18,6 +18,7 @@ int main(int argc, char** argv) {
   add("segment", "segment .npz cases and PNG images", add_segment);
   add("trace", "write every intermediate result of one case", add_trace);
   add("bench", "measure latency, GFLOP/s and the share of the machine's peak", add_bench);
+  add("eval", "compare segmentations with ground truth", add_eval);
   add("info", "show the CPU target and what a model file holds", add_info);
 
   try {

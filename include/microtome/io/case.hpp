@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -104,6 +105,52 @@ inline segmentation_case read_case(const std::filesystem::path& path) {
   for (std::size_t i = 0; i + 3 < numbers.size(); i += 4)
     result.boxes.push_back({numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]});
   return result;
+}
+
+/// Reads a label map from array `name` of a .npz file: whole numbers from 0 to 65535, (H, W) or
+/// (D, H, W).
+inline label_map read_labels(const std::filesystem::path& path, const std::string& name) {
+  const npz_reader file(path);
+  const npy_array array = file.read(name);
+  const std::string what = path.string() + ": array '" + name + "'";
+  const shape& extents = array.header.extents;
+  if ((extents.rank() != 2 && extents.rank() != 3) || extents.size() == 0)
+    fail(what, " has shape ", to_string(extents), ", expected (H, W) or (D, H, W), not empty");
+  const std::vector<index_t> numbers = detail::whole_numbers(array, what);
+  label_map labels(extents);
+  for (index_t i = 0; i < labels.size(); ++i) {
+    const index_t number = numbers[static_cast<std::size_t>(i)];
+    if (number < 0 || number > max_boxes)
+      fail(what, " holds ", number, ", expected labels from 0 to ", max_boxes);
+    labels[i] = static_cast<std::uint16_t>(number);
+  }
+  return labels;
+}
+
+/// Distances in mm between voxels along D, H, W, from `spacing` of a .npz file, which the field keeps
+/// in the order x, y, z; 1 mm where there is none.
+inline std::array<double, 3> read_spacing(const std::filesystem::path& path) {
+  const npz_reader file(path);
+  std::array<double, 3> spacing{1, 1, 1};
+  if (!file.contains("spacing")) return spacing;
+  const npy_array array = file.read("spacing");
+  const index_t count = array.header.extents.size();
+  if ((array.header.dtype != "<f8" && array.header.dtype != "<f4") || count < 2 || count > 3)
+    fail(path.string(), ": array 'spacing' has dtype '", array.header.dtype, "' and shape ",
+         to_string(array.header.extents), ", expected 2 or 3 floats");
+  for (index_t i = 0; i < count; ++i) {
+    double& value = spacing[static_cast<std::size_t>(2 - i)];
+    if (array.header.dtype == "<f8") {
+      std::memcpy(&value, array.bytes.data() + 8 * i, 8);
+    } else {
+      float narrow = 0;
+      std::memcpy(&narrow, array.bytes.data() + 4 * i, 4);
+      value = narrow;
+    }
+    if (!(value > 0 && value < 1e6))
+      fail(path.string(), ": array 'spacing' holds ", value, ", expected millimetres above 0");
+  }
+  return spacing;
 }
 
 /// Writes labels as `segs` of a .npz file: uint8, or uint16 where a label is above 255. All or
