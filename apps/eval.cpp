@@ -32,7 +32,8 @@ struct pair_of_files {
   fs::path segs, truth;
 };
 
-/// The files to compare: one pair, or every ground truth of a folder with the file of the same name.
+/// The files to compare: one pair, or every ground truth of a folder with the file of the same
+/// name.
 std::vector<pair_of_files> find_pairs(const eval_options& options) {
   for (const std::string& path : {options.segs, options.truths})
     if (!fs::exists(path)) throw usage_error(path + ": no such file or folder");
@@ -80,7 +81,8 @@ std::vector<row> compare(const pair_of_files& files, double tolerance) {
   const std::string name = files.truth.filename().string();
   for (const std::uint16_t label : found)
     if (!expected.contains(label))
-      std::fprintf(stderr, "%s: label %d is in segs but not in gts; left out\n", name.c_str(), label);
+      std::fprintf(stderr, "%s: label %d is in segs but not in gts; left out\n", name.c_str(),
+                   label);
   if (expected.empty()) std::fprintf(stderr, "%s: gts holds no label\n", name.c_str());
 
   std::vector<row> rows;
@@ -139,7 +141,8 @@ int run_eval(const eval_options& options) {
 
 command add_eval(CLI::App& app) {
   const auto options = std::make_shared<eval_options>();
-  app.add_option("-s,--segs", options->segs, ".npz file with segs, or a folder of them")->required();
+  app.add_option("-s,--segs", options->segs, ".npz file with segs, or a folder of them")
+      ->required();
   app.add_option("-g,--gts", options->truths,
                  ".npz file with gts (and spacing, mm along x, y, z), or a folder of them")
       ->required();

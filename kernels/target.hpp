@@ -40,7 +40,7 @@ using std::ptrdiff_t;
 
 /// Widest float vector of the target.
 using float_tag = hn::ScalableTag<float>;
-inline constexpr ptrdiff_t lanes = static_cast<ptrdiff_t>(HWY_MAX_BYTES / sizeof(float));
+inline constexpr ptrdiff_t lanes = static_cast<ptrdiff_t>(hn::MaxLanes(float_tag()));
 
 /// xsimd's batch of the same target, for element-wise maths.
 using batch = xsimd::batch<float>;
@@ -49,6 +49,10 @@ inline constexpr ptrdiff_t batch_lanes = static_cast<ptrdiff_t>(batch::size);
 /// The GEMM micro-kernel holds a tile of tile_rows x (tile_vectors * lanes) sums in registers,
 /// beside tile_vectors of B and one broadcast of A: 6 * 2 + 3 = 15 of 16 registers, or 14 * 2 + 3 =
 /// 31 of 32.
+#if HWY_TARGET == HWY_SCALAR
+inline constexpr ptrdiff_t tile_vectors = 8;  // a panel is a whole number of xsimd's batches
+inline constexpr ptrdiff_t tile_rows = 2;
+#else
 inline constexpr ptrdiff_t tile_vectors = 2;
 #if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
 inline constexpr ptrdiff_t tile_rows = 14;
@@ -57,7 +61,9 @@ inline constexpr ptrdiff_t tile_rows = 12;
 #else
 inline constexpr ptrdiff_t tile_rows = 6;
 #endif
+#endif
 inline constexpr ptrdiff_t panel_width = tile_vectors * lanes;
+static_assert(panel_width % batch_lanes == 0);
 
 constexpr ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
   return (n + multiple - 1) / multiple * multiple;

@@ -6,9 +6,12 @@ rate falls along a cosine to zero when `--minutes` have been spent. Training goe
 interrupted: the same command continues from `--output`, which holds the weights (and their running
 mean, which is what is exported), the optimizer, the time spent and the curves.
 
-    python3 train.py -o demo.pth --minutes 30                    # a GPU
-    python3 train.py -o demo.pth --minutes 600 --small-share 0.7 # a CPU: most of it at half the size
-    python3 train.py -o demo.pth --export lite_medsam_demo.pth   # the original's key naming
+    python3 train.py -o demo.pth --minutes 30                                               # a GPU
+    python3 train.py -o demo.pth --minutes 600 --batch 2 --sides 64:0.35,128:0.4,256:0.25   # a CPU
+    python3 train.py -o demo.pth --export lite_medsam_demo.pth         # the original's key naming
+
+On a CPU most of the time goes to small images: what a box asks for is learned there as well, at a
+sixteenth of the cost.
 """
 
 import argparse
@@ -156,14 +159,10 @@ class Training:
         if side == self.config["image_size"]:
             return self.model
         other = lite_medsam.LiteMedSAM({**self.config, "image_size": side}).to(self.device)
-        names = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        own = dict(self.model.named_modules())
         for name, module in other.named_modules():
-            for key in list(module._parameters) + list(module._buffers):
-                full = f"{name}.{key}" if name else key
-                if key in module._parameters:
-                    module._parameters[key] = names[full]
-                else:
-                    module._buffers[key] = names[full]
+            module._parameters.update(own[name]._parameters)
+            module._buffers.update(own[name]._buffers)
         return other
 
     def save(self):
@@ -193,6 +192,19 @@ def learning_rate(share, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - 0.02) / 0.98))) + 1e-7
 
 
+def parse_sides(text):
+    """[(side, share of the time), ...] from "64:0.4,256:0.6"."""
+    return [(int(s), float(share)) for s, share in (part.split(":") for part in text.split(","))]
+
+
+def side_at(sides, share):
+    for side, part in sides:
+        share -= part
+        if share < 0:
+            return side
+    return sides[-1][0]
+
+
 def train(training, options, device):
     total = 60 * options.minutes
     stopped = []
@@ -204,18 +216,17 @@ def train(training, options, device):
         else torch.autocast("cpu", torch.bfloat16) if options.bf16
         else contextlib.nullcontext()
     )
-    full = training.config["image_size"]
     saved, side, loader = time.monotonic(), None, None
     model = batches = None
     recent = []
     while training.seconds < total and not stopped:
         share = training.seconds / total
-        wanted = full // 2 if share < options.small_share else full
+        wanted = side_at(options.sides, share)
         if wanted != side:
             side = wanted
-            model = training.at_size(side).train()
+            model = training.at_size(side).train().to(memory_format=torch.channels_last)
             data = Scenes(options.seed, side, options.prompts)
-            batch = options.batch if side == full else options.batch * 2
+            batch = options.batch * training.config["image_size"] // side
             order = range(training.images, 1 << 40)
             loader = torch.utils.data.DataLoader(
                 data, batch, sampler=order, num_workers=options.workers, pin_memory=cuda,
@@ -254,9 +265,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-o", "--output", required=True, help="training state, written and continued")
     parser.add_argument("--minutes", type=float, default=30, help="time to train for, in all (%(default)s)")
-    parser.add_argument("--small-share", type=float, default=0.0,
-                        help="share of the time, from the start, at half the image size (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images (twice at half size) (%(default)s)")
+    parser.add_argument("--sides", type=parse_sides, default="256:1",
+                        help="image sides and their shares of the time (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8,
+                        help="images of full size, more of smaller ones (%(default)s)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts for each image (%(default)s)")
     parser.add_argument("--rate", type=float, default=8e-4, help="peak learning rate (%(default)s)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))

@@ -48,7 +48,7 @@ public:
     std::size_t lowest = 0;
     for (index_t i = 0; i < n; ++i) {
       while (bounds_[lowest + 1] < position(i)) ++lowest;
-      const double away = position(i) - position(parabolas_[lowest]);
+      const double away = static_cast<double>(i - parabolas_[lowest]) * step;
       out_[static_cast<std::size_t>(i)] = away * away + height(parabolas_[lowest]);
     }
     for (index_t i = 0; i < n; ++i) line[i * stride] = out_[static_cast<std::size_t>(i)];

@@ -8,10 +8,10 @@
 
 namespace microtome {
 
-/// Areas of the surface that passes between the eight voxels around a point of a volume, for each of
-/// the 256 ways in which they can lie inside an object (marching cubes, Lorensen and Cline, 1987,
-/// with the surface half-way along every edge that it cuts). Voxel (z, y, x), each 0 or 1, is bit
-/// 7 - (4z + 2y + x).
+/// Areas of the surface that passes between the eight voxels around a point of a volume, for each
+/// of the 256 ways in which they can lie inside an object (marching cubes, Lorensen and Cline,
+/// 1987, with the surface half-way along every edge that it cuts). Voxel (z, y, x), each 0 or 1, is
+/// bit 7 - (4z + 2y + x).
 ///
 /// Two choices define the table, and make it equal to the one of DeepMind's surface-distance, which
 /// the field's challenges measure with: on a face with two pairs of opposite corners, the fewer of

@@ -127,8 +127,8 @@ inline label_map read_labels(const std::filesystem::path& path, const std::strin
   return labels;
 }
 
-/// Distances in mm between voxels along D, H, W, from `spacing` of a .npz file, which the field keeps
-/// in the order x, y, z; 1 mm where there is none.
+/// Distances in mm between voxels along D, H, W, from `spacing` of a .npz file, which the field
+/// keeps in the order x, y, z; 1 mm where there is none.
 inline std::array<double, 3> read_spacing(const std::filesystem::path& path) {
   const npz_reader file(path);
   std::array<double, 3> spacing{1, 1, 1};
