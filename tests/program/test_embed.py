@@ -54,6 +54,6 @@ def test_with_cmake_from_an_installation(run, tiny_model, image, tmp_path):
     quiet = dict(check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--install", build, "--prefix", prefix], **quiet)
     assert (prefix / "bin" / "microtome").exists()
-    subprocess.run(["cmake", "-S", EXAMPLE, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={prefix}"], **quiet)
+    subprocess.run(["cmake", "-G", "Ninja", "-S", EXAMPLE, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={prefix}"], **quiet)
     subprocess.run(["cmake", "--build", tmp_path / "b"], **quiet)
     check(tmp_path / "b" / "embed", run, tiny_model, image, tmp_path)
