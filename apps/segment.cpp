@@ -68,20 +68,26 @@ std::vector<job> find_jobs(const segment_options& options) {
     std::sort(found.begin(), found.end());
     files.insert(files.end(), found.begin(), found.end());
   }
+  std::set<fs::path> inputs;
+  for (const fs::path& file : files) inputs.insert(fs::weakly_canonical(file));
+  std::map<fs::path, fs::path> claims;  // what is written, and for which input
+  const auto claim = [&](const fs::path& target, const fs::path& file) {
+    const fs::path place = fs::weakly_canonical(target);
+    if (inputs.contains(place)) throw usage_error(target.string() + ": would replace an input");
+    if (const auto [other, added] = claims.emplace(place, file); !added)
+      throw usage_error(target.string() + ": would be written for both " + file.string() + " and " +
+                        other->second.string());
+  };
   std::vector<job> jobs;
-  std::map<fs::path, fs::path> sources;
   for (const fs::path& file : files) {
     if (!is_png(file) && file.extension() != ".npz")
       throw usage_error(file.string() + ": expected .npz or .png");
     if (is_png(file) && options.boxes.empty())
       throw usage_error(file.string() + ": an image needs at least one --box x0,y0,x1,y1");
     const fs::path output = fs::path(options.output) / file.filename();
-    std::error_code ignored;
-    if (fs::equivalent(file, output, ignored))
-      throw usage_error(output.string() + ": the output would replace the input");
-    if (const auto [other, added] = sources.emplace(output, file); !added)
-      throw usage_error(file.string() + " and " + other->second.string() +
-                        " would both be written to " + output.string());
+    claim(output, file);
+    if (!options.overlay.empty())
+      claim(fs::path(options.overlay) / file.stem().concat(".png"), file);
     jobs.push_back({file, output});
   }
   if (!options.boxes.empty() &&
