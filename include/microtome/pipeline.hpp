@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -44,7 +45,8 @@ struct fitted_image {
   static fitted_image of(index_t height, index_t width, index_t side) {
     const double scale = static_cast<double>(side) / static_cast<double>(std::max(height, width));
     const auto scaled = [&](index_t n) {
-      return std::max<index_t>(1, static_cast<index_t>(static_cast<double>(n) * scale + 0.5));
+      const double rounded = std::floor(static_cast<double>(n) * scale + 0.5);
+      return std::max<index_t>(1, static_cast<index_t>(rounded));
     };
     return {height, width, scaled(height), scaled(width), side};
   }

@@ -87,13 +87,11 @@ public:
     for (int keys = 0; !accept('}'); ++keys) {
       const std::string key = quoted();
       expect(':');
-      if (keys == 3)
-        bad();
-      else if (key == "descr")
+      if (keys < 3 && key == "descr")
         header.dtype = quoted();
-      else if (key == "fortran_order")
+      else if (keys < 3 && key == "fortran_order")
         header.column_major = boolean();
-      else if (key == "shape")
+      else if (keys < 3 && key == "shape")
         header.extents = extents();
       else
         bad();
