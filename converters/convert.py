@@ -42,6 +42,20 @@ def fold_batch_norm(tensors):
     return folded
 
 
+def halve(tensors, least=4096):
+    """Stores tensors of at least `least` elements, which are nearly all there is, as 16-bit floats.
+    Biases and norms stay fp32."""
+    halved = {}
+    for name, value in tensors.items():
+        if value.size >= least:
+            largest = np.abs(value).max()
+            if largest > np.finfo(np.float16).max:
+                raise architecture.ArchitectureError(f"{name} has values of {largest:.3g}, too large for fp16")
+            value = value.astype(np.float16)
+        halved[name] = value
+    return halved
+
+
 def convert(state, config=None, image_size=256):
     """Turns a state dict {name: array} into the tensors and the configuration of a model file. The
     configuration is read off the shapes unless it is given."""
@@ -65,17 +79,23 @@ def main(arguments=None):
     parser.add_argument(
         "--image-size", type=int, default=256, help="side of the model's input (%(default)s)"
     )
+    parser.add_argument(
+        "--storage", choices=("fp32", "fp16"), default="fp32",
+        help="fp16: half the file; weights are widened when it is loaded (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
         tensors, config = convert(
             checkpoint.load(options.checkpoint), image_size=options.image_size
         )
+        if options.storage == "fp16":
+            tensors = halve(tensors)
         model_file.write(options.output, tensors, config)
     except (checkpoint.CheckpointError, architecture.ArchitectureError, OSError) as error:
         print(f"convert.py: {options.checkpoint}: {error}", file=sys.stderr)
         return 1
     parameters = sum(v.size for v in tensors.values())
-    print(f"{options.output}: {len(tensors)} tensors, {parameters / 1e6:.2f} M parameters, fp32")
+    print(f"{options.output}: {len(tensors)} tensors, {parameters / 1e6:.2f} M parameters, {options.storage}")
     return 0
 
 

@@ -177,3 +177,23 @@ def test_half_precision_checkpoints(tmp_path, state):
     source = write_checkpoint(tmp_path / "x.pth", halves)
     tensors, _ = convert.convert(checkpoint.load(source))
     assert all(v.dtype == np.float32 for v in tensors.values())
+
+
+def test_storage_in_16_bits(tmp_path, state):
+    source, target = write_checkpoint(tmp_path / "x.pth", state), tmp_path / "y.safetensors"
+    assert convert.main([str(source), "-o", str(target), "--storage", "fp16"]) == 0
+    assert target.stat().st_size < 20.5e6
+    wide, _ = convert.convert(state)
+    for name, value in safetensors.numpy.load_file(target).items():
+        if value.size < 4096:
+            assert value.dtype == np.float32, name
+        np.testing.assert_allclose(value.astype(np.float32), wide[name], rtol=2**-11, atol=2**-25)
+
+
+def test_weights_too_large_for_16_bits(tmp_path, capsys, state):
+    name = "image_encoder.neck.0.weight"
+    weight = state[name].copy()
+    weight[3, 4] = 7e4
+    source = write_checkpoint(tmp_path / "x.pth", {**state, name: weight})
+    assert convert.main([str(source), "-o", str(tmp_path / "y.safetensors"), "--storage", "fp16"]) == 1
+    assert name in capsys.readouterr().err
