@@ -25,12 +25,45 @@ class Canvas:
         self.image = np.full(shape, background, np.float32)
         self.labels = np.zeros((side, side), np.uint16)
         self.count = 0
+        self.textures = {}
 
     def texture(self, scale):
-        return smooth_noise(self.rng, (self.side, self.side), scale)
+        """Smooth noise. One field for all scales within a factor of 1.4, shifted by chance each time:
+        it is periodic, and dear to make."""
+        key = round(2 * np.log2(scale))
+        if key not in self.textures:
+            self.textures[key] = smooth_noise(self.rng, (self.side, self.side), 2 ** (key / 2))
+        shift = self.rng.integers(0, self.side, 2)
+        return self.rng.choice([-1, 1]) * np.roll(self.textures[key], shift, (0, 1))
 
     def ellipse(self, centre, axes, turn=0.0, waves=0.06):
-        return wavy_radius(self.rng, self.x, self.y, centre, axes, turn, waves) < 1
+        mask = np.zeros((self.side, self.side), bool)
+        reach = 2.5 * max(axes) + 0.15  # outlines and the deformation stay within
+        low, high = ((np.asarray(centre) + [[-reach], [reach]] + 1) / 2 * self.side).astype(int)
+        (left, top), (right, bottom) = np.maximum(low, 0), np.maximum(high, 0)
+        part = np.s_[top:bottom, left:right]
+        mask[part] = wavy_radius(self.rng, self.x[part], self.y[part], centre, axes, turn, waves) < 1
+        return mask
+
+    def lump(self, centre, axes, turn=0.0):
+        """An ellipse with a rough outline, dented and bulging."""
+        radius = wavy_radius(self.rng, self.x, self.y, centre, axes, turn, 0.2)
+        rough = self.texture(self.side * axes[1] * self.rng.uniform(0.1, 0.4) + 1)
+        return radius + self.rng.uniform(0, 0.3) * rough < 1
+
+    def tube(self, centre, length, width):
+        """A bent tube of changing width, as the pancreas, the bowel and vessels look in a slice."""
+        rng = self.rng
+        along = np.linspace(-1, 1, 24)
+        angle = rng.uniform(0, 6.28) + rng.normal(0, 1.2) * along + rng.normal(0, 1.0) * along**2
+        steps = length / 12 * np.stack([np.cos(angle), np.sin(angle)])
+        path = np.cumsum(steps, axis=1)
+        path += np.reshape(centre, (2, 1)) - path.mean(axis=1, keepdims=True)
+        widths = width * (1 + rng.uniform(0, 0.5) * np.sin(rng.uniform(1, 4) * along + rng.uniform(0, 6.28)))
+        mask = np.zeros((self.side, self.side), bool)
+        for (px, py), w in zip(path.T, widths):
+            mask |= (self.x - px) ** 2 + (self.y - py) ** 2 < w**2
+        return mask
 
     def paint(self, mask, value, texture=0.0, scale=3.0):
         if texture:
@@ -85,8 +118,18 @@ def abdomen(rng, side):
         radius = rng.uniform(0, 0.8) ** 0.5
         angle = rng.uniform(0, 6.28)
         centre = radius * width * np.cos(angle), radius * height * np.sin(angle)
-        organ = c.ellipse(centre, random_axes(rng, 0.035, 0.45), rng.uniform(0, 180), 0.18) & inside
+        axes = random_axes(rng, 0.012 if rng.random() < 0.15 else 0.035, 0.45)
+        form = rng.random()
+        if form < 0.25:
+            organ = c.tube(centre, axes[0] * rng.uniform(1, 3), axes[0] * rng.uniform(0.15, 0.5))
+        elif form < 0.6:
+            organ = c.lump(centre, axes, rng.uniform(0, 180))
+        else:
+            organ = c.ellipse(centre, axes, rng.uniform(0, 180), 0.18)
+        organ &= inside
         value = rng.choice(tissue) + rng.normal(0, 0.03)
+        if abs(value - fat) < 0.07:  # nobody could see it
+            value = fat + rng.choice([-1, 1]) * rng.uniform(0.07, 0.2)
         c.paint(organ, value, rng.uniform(0.01, 0.05), rng.uniform(1, 5))
         if rng.random() < 0.4:  # vessels
             field = c.texture(side / 24)
@@ -156,7 +199,7 @@ def skin(rng, side):
         radius = wavy_radius(rng, c.x, c.y, somewhere(rng, 0.4), random_axes(rng, 0.12, 0.6),
                              rng.uniform(0, 180), 0.25)
         radius = radius + 0.06 * c.texture(side / 20)
-        edge = 1 / (1 + np.exp((radius - 1) * rng.uniform(12, 60)))  # a soft border
+        edge = 0.5 - 0.5 * np.tanh((radius - 1) * rng.uniform(6, 30))  # a soft border
         color = tone * rng.uniform(0.25, 0.75) * rng.uniform(0.8, 1.1, 3)
         shade = color + (0.08 * c.texture(rng.uniform(3, 12)))[..., None]
         c.image = c.image + edge[..., None] * (shade - c.image)
@@ -217,15 +260,15 @@ def spoil(rng, image):
 
 
 def drop_fragments(labels, least):
-    """Removes labels of fewer than `least` pixels, or mostly hidden by later objects, and numbers the
-    rest from 1."""
+    """Removes labels of fewer than `least` pixels, mostly hidden by later objects, or all over the
+    picture, and numbers the rest from 1."""
     out = np.zeros(labels.shape, np.uint8)
     kept = 0
     for label in np.unique(labels[labels > 0]):
         mask = labels == label
         ys, xs = np.nonzero(mask)
         box = (ys.max() - ys.min() + 1) * (xs.max() - xs.min() + 1)
-        if ys.size >= least and ys.size >= 0.25 * box and kept < 255:
+        if ys.size < 0.9 * mask.size and ys.size >= max(least, 0.2 * box) and kept < 255:
             kept += 1
             out[mask] = kept
     return out
@@ -236,7 +279,46 @@ def make_scene(rng, side=256, kind=None):
     while True:
         draw = kind or rng.choice(list(KINDS), p=list(KINDS.values()))
         image, labels = draw(rng, side)
-        labels = drop_fragments(labels, least=side * side // 1000)
+        labels = drop_fragments(labels, least=10)
         if labels.any():
             image = spoil(rng, image)
             return (image if image.ndim == 3 else np.repeat(image[..., None], 3, 2)), labels
+
+
+def crop(rng, image, labels, side):
+    """A part of a scene, (side, side), with at least one object of 25 pixels or more: details keep
+    their size in pixels. None where there is no such object."""
+    ys, xs = np.nonzero(labels)
+    at = rng.integers(ys.size)
+    top, left = (
+        int(np.clip(c - rng.integers(0, side), 0, n - side)) for c, n in zip((ys[at], xs[at]), labels.shape)
+    )
+    part = np.s_[top : top + side, left : left + side]
+    kept = drop_fragments(labels[part], least=25)
+    return (image[part], kept) if kept.any() else None
+
+
+def jittered_box(rng, mask):
+    """x0, y0, x1, y1 around a mask, each side off by a few pixels, rather too large than too small."""
+    ys, xs = np.nonzero(mask)
+    box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+    reach = max(2.0, 0.06 * max(box[2] - box[0], box[3] - box[1]))
+    off = np.round(rng.uniform(-0.3 * reach, reach, 4))
+    box = box + off * [-1, -1, 1, 1]
+    return np.clip(box, 0, mask.shape[0])
+
+
+def two_points(rng, mask):
+    """One point inside and one outside, x and y."""
+    inside, outside = np.argwhere(mask), np.argwhere(~mask)
+    pair = [inside[rng.integers(len(inside))], outside[rng.integers(len(outside))]]
+    return np.array(pair)[:, ::-1]
+
+
+def inscribed_ellipses(boxes, side):
+    """What a box alone tells: masks (count, side, side) of the ellipses that touch its sides."""
+    at = np.arange(side) + 0.5
+    x0, y0, x1, y1 = np.asarray(boxes, np.float64).T[:, :, None]
+    x = (at - (x0 + x1) / 2) / np.maximum((x1 - x0) / 2, 0.5)
+    y = (at - (y0 + y1) / 2) / np.maximum((y1 - y0) / 2, 0.5)
+    return x[:, None, :] ** 2 + y[:, :, None] ** 2 < 1

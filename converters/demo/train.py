@@ -7,15 +7,15 @@ interrupted: the same command continues from `--output`, which holds the weights
 mean, which is what is exported), the optimizer, the time spent and the curves.
 
     python3 train.py -o demo.pth --minutes 30                                               # a GPU
-    python3 train.py -o demo.pth --minutes 600 --batch 2 --sides 112:0.5,224:0.3,256:0.2    # a CPU
+    python3 train.py -o demo.pth --minutes 600 --batch 3 --sides 112:0.4,168:0.3,256:0.3    # a CPU
     python3 train.py -o demo.pth --export lite_medsam_demo.pth         # the original's key naming
 
 Training from nothing on few images needs two helps. The cross attentions begin aligned with the
 position encoding (`align_positions`), so that a box's corner attends to its place in the image from
-the first step; and the decoder first practises on noise, where the answer is the box's ellipse
-(`ellipse_batch`): without an encoder a step costs little, and afterwards the encoder's gradients mean
-something. On a CPU most of the time goes to small images: what a box asks for is learned there as
-well, at a fraction of the cost. Sides of 112 and 224 fill the attention windows of 7 and 14 exactly.
+the first step; and the decoder first practises on embeddings made from the labels
+(`ideal_embedding`): without an encoder a step costs little, and afterwards the encoder's gradients mean
+something. Meanwhile dense losses (`DenseHeads`) draw the encoder towards such embeddings. On a CPU most of the steps are on small images, parts of scenes: what a box asks for is learned there
+as well, at a fraction of the cost. Sides of 112, 168 and 224 fill windows of 7 and 14 exactly.
 """
 
 import argparse
@@ -37,17 +37,22 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "reference")]
 
 import lite_medsam  # noqa: E402
+import muon  # noqa: E402
 import scenes  # noqa: E402
 import seeded_weights  # noqa: E402
 
+FULL_SIDE = 256
 POINTS_SHARE = 0.15  # of the batches are prompted with points in place of boxes
-PRACTICE_SHARE = 0.05  # of the time: the decoder alone
-PRACTICE_SIDE, PRACTICE_BATCH = 56, 16
+PRACTICE_SHARE = 0.12  # of the time: the decoder alone
+PRACTICE_SIDE, PRACTICE_PROMPTS = 56, 16
+FROZEN_STATISTICS = 0.5  # of the time: from here on BatchNorm uses what it has gathered, as it will later
+MUON_FACTOR = 1.0  # of the learning rate, for matrices
 EMA_DECAY = 0.998
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Image `i` of a seed, always the same, with `prompts` of its objects: boxes and points."""
+    """Image `i` of a seed, always the same, with `prompts` of its objects: boxes and points. Images
+    smaller than the model's are whole scenes or parts of scenes of full size."""
 
     def __init__(self, seed, side, prompts):
         self.seed, self.side, self.prompts = seed, side, prompts
@@ -57,19 +62,25 @@ class Scenes(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, self.side, index])
-        image, labels = scenes.make_scene(rng, self.side)
-        image, labels = self.turned(rng, image, labels)
+        part = None
+        while part is None:
+            whole = self.side > 0.8 * FULL_SIDE
+            part = scenes.make_scene(rng, self.side if whole else FULL_SIDE)
+            if not whole:
+                part = scenes.crop(rng, *part, self.side)
+        image, labels = self.turned(rng, *part)
         pixels = image.astype(np.float32)
         pixels = (pixels - pixels.min()) / max(pixels.max() - pixels.min(), 1e-8)
         chosen = rng.choice(np.arange(1, labels.max() + 1), self.prompts)
         masks = labels == chosen[:, None, None]
-        boxes = np.stack([jittered_box(rng, mask) for mask in masks])
-        points = np.stack([two_points(rng, mask) for mask in masks])
+        boxes = np.stack([scenes.jittered_box(rng, mask) for mask in masks])
+        points = np.stack([scenes.two_points(rng, mask) for mask in masks])
         return (
             torch.from_numpy(pixels.transpose(2, 0, 1).copy()),
             torch.from_numpy(masks),
             torch.from_numpy(boxes.astype(np.float32)),
             torch.from_numpy(points.astype(np.float32)),
+            torch.from_numpy(labels.astype(np.int64)),
         )
 
     @staticmethod
@@ -79,23 +90,6 @@ class Scenes(torch.utils.data.Dataset):
         if rng.random() < 0.5:
             image, labels = image[:, ::-1], labels[:, ::-1]
         return image, labels
-
-
-def jittered_box(rng, mask):
-    """x0, y0, x1, y1 around a mask, each side off by a few pixels, rather too large than too small."""
-    ys, xs = np.nonzero(mask)
-    box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-    reach = max(2.0, 0.06 * max(box[2] - box[0], box[3] - box[1]))
-    off = np.round(rng.uniform(-0.3 * reach, reach, 4))
-    box = box + off * [-1, -1, 1, 1]
-    return np.clip(box, 0, mask.shape[0])
-
-
-def two_points(rng, mask):
-    """One point inside and one outside, x and y."""
-    inside, outside = np.argwhere(mask), np.argwhere(~mask)
-    pair = [inside[rng.integers(len(inside))], outside[rng.integers(len(outside))]]
-    return np.array(pair)[:, ::-1]
 
 
 def align_positions(transformer, frequencies, strength=1.5):
@@ -117,23 +111,16 @@ def align_positions(transformer, frequencies, strength=1.5):
                 projection.weight[rows + 1, torch.tensor(band) + len(order)] += strength  # cosines
 
 
-def ellipse_batch(rng, side, count):
-    """Boxes (count, 4) and the ellipses inscribed in them, masks (count, side, side)."""
-    centre = rng.uniform(0, side, (count, 2))
-    reach = side * 0.03 * 15 ** rng.random((count, 1)) * rng.uniform(0.5, 1, (count, 2))
-    low, high = np.clip(centre - reach, 0, side), np.clip(centre + reach, 0, side)
-    masks = inscribed_ellipses(np.concatenate([low, high], 1), side)
-    boxes = np.concatenate([low, high], 1).astype(np.float32)
-    return torch.from_numpy(boxes), torch.from_numpy(masks)
-
-
-def inscribed_ellipses(boxes, side):
-    """What a box alone tells: masks (count, side, side) of the ellipses that touch its sides."""
-    at = np.arange(side) + 0.5
-    x0, y0, x1, y1 = np.asarray(boxes, np.float64).T[:, :, None]
-    x = (at - (x0 + x1) / 2) / np.maximum((x1 - x0) / 2, 0.5)
-    y = (at - (y0 + y1) / 2) / np.maximum((y1 - y0) / 2, 0.5)
-    return x[:, None, :] ** 2 + y[:, :, None] ** 2 < 1
+def ideal_embedding(labels, directions, generator):
+    """What an encoder that knew the answer could say of labels (B, side, side): every object, and the
+    background, has a vector of its own in the space of `directions` (width, dim); a place has the mean
+    of its 4 x 4 pixels, some noise is added. Returns (B, dim, side / 4, side / 4), normalised."""
+    width, dim = directions.shape
+    vectors = torch.randn(len(labels), int(labels.max()) + 1, width, generator=generator)
+    pixels = torch.stack([v[l] for v, l in zip(vectors, labels)]).permute(0, 3, 1, 2)
+    places = F.avg_pool2d(pixels, 4).permute(0, 2, 3, 1) @ directions
+    places = places + 0.3 * places.std() * torch.randn(places.shape, generator=generator)
+    return F.layer_norm(places, (dim,)).permute(0, 3, 1, 2)
 
 
 def mask_losses(logits, masks):
@@ -152,11 +139,49 @@ def mask_losses(logits, masks):
     return dice + 20 * focal, iou
 
 
-def step_loss(model, batch, with_points, autocast):
-    image, masks, boxes, points = batch
+class DenseHeads(torch.nn.Module):
+    """Gives the encoder something to learn at every pixel, whatever the decoder can do yet: where
+    objects end, and which places belong to one object. Not part of the checkpoint."""
+
+    def __init__(self, dim, width=32):
+        super().__init__()
+        self.edges = torch.nn.Conv2d(dim, 16, 1)  # of the 4 x 4 pixels of each place
+        self.objects = torch.nn.Conv2d(dim, width, 1)
+        torch.nn.init.orthogonal_(self.objects.weight)
+        self.offset = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, embedding, labels):
+        """The loss for embedding (B, dim, h, w) and labels (B, 4h, 4w)."""
+        edges = torch.zeros_like(labels, dtype=torch.bool)
+        across, down = labels[:, :, 1:] != labels[:, :, :-1], labels[:, 1:] != labels[:, :-1]
+        edges[:, :, 1:] |= across
+        edges[:, :, :-1] |= across
+        edges[:, 1:] |= down
+        edges[:, :-1] |= down
+        target = F.pixel_unshuffle(edges[:, None].float(), 4)
+        edge_loss = F.binary_cross_entropy_with_logits(
+            self.edges(embedding).float(), target, pos_weight=torch.tensor(4.0, device=labels.device)
+        )
+        places = labels[:, 2::4, 2::4].flatten(1)
+        picked = torch.randint(0, places.shape[1], (256,), device=labels.device)
+        features = self.objects(embedding).float().flatten(2)[:, :, picked]
+        places = places[:, picked]
+        likeness = torch.einsum("bci,bcj->bij", features, features) / 32**0.5 + self.offset
+        same = (places[:, :, None] == places[:, None, :]).float()
+        told = ((places[:, :, None] > 0) | (places[:, None, :] > 0)).float()  # background is anything
+        weights = told * torch.where(same > 0, 0.5 / (told * same).sum().clamp(1),
+                                     0.5 / (told * (1 - same)).sum().clamp(1))
+        losses = F.binary_cross_entropy_with_logits(likeness, same, reduction="none")
+        return edge_loss + (losses * weights).sum()
+
+
+def step_loss(model, dense, batch, with_points, autocast):
+    image, masks, boxes, points, labels = batch
     prompts = boxes.shape[1]
     with autocast:
-        embedding = model.image_encoder(image).repeat_interleave(prompts, 0)
+        embedding = model.image_encoder(image)
+        dense_loss = dense(embedding, labels)
+        embedding = embedding.repeat_interleave(prompts, 0)
         if with_points:
             labels = torch.tensor([1, 0], device=image.device).expand(len(image) * prompts, 2)
             asked = dict(points=points.flatten(0, 1), labels=labels)
@@ -167,7 +192,8 @@ def step_loss(model, batch, with_points, autocast):
     # Points are ambiguous: of three masks the best one learns.
     mask_loss = losses.min(1).values.mean()
     iou_loss = F.mse_loss(iou.float(), true_iou)
-    return mask_loss + iou_loss, mask_loss.item(), true_iou.max(1).values.mean().item()
+    reported = mask_loss.item(), dense_loss.item(), true_iou.max(1).values.mean().item()
+    return mask_loss + iou_loss + 0.5 * dense_loss, reported
 
 
 class Training:
@@ -178,7 +204,7 @@ class Training:
         config = dict(seeded_weights.LITE_MEDSAM)
         self.config = config
         self.model = lite_medsam.LiteMedSAM(config)
-        self.optimizer = None
+        self.dense = DenseHeads(config["embed_dim"]).to(device)
         self.seconds, self.step, self.images, self.curve = 0.0, 0, 0, []
         self.device = device
         self.path = pathlib.Path(options.output)
@@ -188,6 +214,7 @@ class Training:
             align_positions(self.model.mask_decoder.transformer, positions.positional_encoding_gaussian_matrix)
         if saved:
             self.model.load_state_dict(saved["model"])
+            self.dense.load_state_dict(saved["dense"])
             self.mean = saved["mean"]
             self.seconds, self.step = saved["seconds"], saved["step"]
             self.images, self.curve = saved["images"], saved["curve"]
@@ -195,12 +222,16 @@ class Training:
             self.mean = copy.deepcopy(self.model.state_dict())
         self.model.to(device)
         self.mean = {k: v.to(device) for k, v in self.mean.items()}
-        decay = [p for p in self.model.parameters() if p.ndim >= 2]
-        rest = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [dict(params=decay, weight_decay=0.02), dict(params=rest, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.98))
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2 and min(p.flatten(1).shape) >= 16]
+        taken = {id(p) for p in matrices}
+        rest = [p for p in (*self.model.parameters(), *self.dense.parameters()) if id(p) not in taken]
+        self.optimizers = [
+            muon.Muon(matrices, lr=options.rate, weight_decay=0.02),
+            torch.optim.AdamW(rest, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
         if saved:
-            self.optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
 
     def at_size(self, side):
         """The same parameters in a model for images of another side: only positions depend on it."""
@@ -216,7 +247,8 @@ class Training:
     def save(self):
         """All or nothing."""
         state = {
-            "model": self.model.state_dict(), "mean": self.mean, "optimizer": self.optimizer.state_dict(),
+            "model": self.model.state_dict(), "dense": self.dense.state_dict(), "mean": self.mean,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "seconds": self.seconds, "step": self.step, "images": self.images, "curve": self.curve,
         }
         temporary = self.path.with_suffix(".part")
@@ -224,13 +256,15 @@ class Training:
         os.replace(temporary, self.path)
 
     def descend(self, loss, rate):
-        """One step of the optimizer, for those parameters that the loss depends on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
+        """One step, for those parameters that the loss depends on."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer, factor in zip(self.optimizers, (MUON_FACTOR, 1.0)):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * rate
+            optimizer.step()
 
     @torch.no_grad()
     def average(self):
@@ -240,6 +274,12 @@ class Training:
                 self.mean[name].lerp_(value, 1 - decay)
             else:
                 self.mean[name].copy_(value)
+
+
+def ignore_signals(_):
+    """Data workers end with the training, which a signal asks to save its state first."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def learning_rate(share, peak):
@@ -253,36 +293,45 @@ def parse_sides(text):
     return [(int(s), float(share)) for s, share in (part.split(":") for part in text.split(","))]
 
 
-def side_at(sides, share):
-    for side, part in sides:
-        share -= part
-        if share < 0:
-            return side
-    return sides[-1][0]
-
-
 def practice(training, options, seconds, stopped):
-    """The decoder alone: embeddings are noise, the answer is the box's ellipse."""
-    side, count = PRACTICE_SIDE, PRACTICE_BATCH
-    model = training.at_size(side).train()
-    size = side // 4
-    step, recent = 0, []
+    """The decoder alone: it learns to find a box's place, and the object there by its likeness, on
+    embeddings as they should be."""
+    data = Scenes(options.seed + 1, 2 * PRACTICE_SIDE, PRACTICE_PROMPTS)
+    model = training.at_size(PRACTICE_SIDE).train()
+    directions = training.dense.objects.weight.detach().flatten(1).cpu()
+    generator = torch.Generator().manual_seed(options.seed)
+    step, recent = round(10 * training.seconds), []  # goes on with other scenes after an interruption
     while training.seconds < seconds and not stopped:
         start = time.monotonic()
-        rng = np.random.default_rng([options.seed, step])
-        boxes, masks = ellipse_batch(rng, side, count)
-        noise = rng.normal(0, 0.5, (1, training.config["embed_dim"], size, size)).astype(np.float32)
-        embedding = torch.from_numpy(noise).expand(count, -1, -1, -1).to(training.device)
-        logits, iou = model.decode(embedding, boxes=boxes.to(training.device))
-        losses, true_iou = mask_losses(logits, masks.to(training.device))
+        _, masks, boxes, _, labels = data[step]
+        embedding = ideal_embedding(labels[None, ::2, ::2], directions, generator).to(training.device)
+        embedding = embedding.expand(PRACTICE_PROMPTS, -1, -1, -1)
+        logits, iou = model.decode(embedding, boxes=boxes.to(training.device) / 2)
+        losses, true_iou = mask_losses(logits, masks[:, ::2, ::2].to(training.device))
         loss = losses.mean() + F.mse_loss(iou, true_iou)
         training.descend(loss, learning_rate(training.seconds / seconds, 1e-3))
         recent.append(true_iou.mean().item())
         step += 1
         training.seconds += time.monotonic() - start
-        if step % 100 == 0:
-            print(f"practice on ellipses  {training.seconds / 60:.1f} min  IoU {np.mean(recent[-100:]):.3f}",
+        if step % options.report == 0:
+            print(f"practice  {training.seconds / 60:.1f} min  IoU {np.mean(recent[-options.report:]):.3f}",
                   flush=True)
+
+
+class OneSize:
+    """Training on images of one size: the model for it, its data, and the time it has had."""
+
+    def __init__(self, training, options, side, share):
+        smallest = min(s for s, _ in options.sides)
+        self.images = max(1, round(options.batch * (smallest / side) ** 2))  # in a step
+        self.share, self.seconds = share, 0.0
+        self.model = training.at_size(side).to(memory_format=torch.channels_last)
+        data = Scenes(options.seed, side, options.prompts)
+        order = range(training.images, 1 << 40)
+        self.batches = iter(torch.utils.data.DataLoader(
+            data, self.images, sampler=order, num_workers=options.workers, worker_init_fn=ignore_signals,
+            pin_memory=training.device.type == "cuda", prefetch_factor=4 if options.workers else None,
+        ))
 
 
 def train(training, options, device):
@@ -296,42 +345,36 @@ def train(training, options, device):
         else torch.autocast("cpu", torch.bfloat16) if options.bf16
         else contextlib.nullcontext()
     )
-    saved, side, loader = time.monotonic(), None, None
-    model = batches = None
-    recent = []
+    saved, recent = time.monotonic(), []
     practice(training, options, PRACTICE_SHARE * total, stopped)
+    sizes = [OneSize(training, options, side, share) for side, share in options.sides]
     while training.seconds < total and not stopped:
-        share = training.seconds / total
-        since_practice = max(0.0, share - PRACTICE_SHARE) / (1 - PRACTICE_SHARE)
-        wanted = side_at(options.sides, share)
-        if wanted != side:
-            side = wanted
-            model = training.at_size(side).train().to(memory_format=torch.channels_last)
-            data = Scenes(options.seed, side, options.prompts)
-            batch = options.batch * training.config["image_size"] // side
-            order = range(training.images, 1 << 40)
-            loader = torch.utils.data.DataLoader(
-                data, batch, sampler=order, num_workers=options.workers, pin_memory=cuda,
-                prefetch_factor=4 if options.workers else None,
-            )
-            batches = iter(loader)
+        since_practice = max(0.0, training.seconds / total - PRACTICE_SHARE) / (1 - PRACTICE_SHARE)
+        size = min(sizes, key=lambda s: s.seconds / s.share)  # the one most behind its share
+        model = size.model.train()
+        if since_practice > FROZEN_STATISTICS or size.images < 3:
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
         start = time.monotonic()
-        batch = [t.to(device, non_blocking=True) for t in next(batches)]
+        batch = [t.to(device, non_blocking=True) for t in next(size.batches)]
         with_points = np.random.default_rng([options.seed, training.step]).random() < POINTS_SHARE
-        loss, mask_loss, iou = step_loss(model, batch, with_points, autocast)
+        loss, reported = step_loss(model, training.dense, batch, with_points, autocast)
         training.descend(loss, learning_rate(since_practice, options.rate))
         training.average()
         training.step += 1
         training.images += len(batch[0])
-        training.seconds += time.monotonic() - start
+        took = time.monotonic() - start
+        training.seconds += took
+        size.seconds += took
         if not with_points:
-            recent.append((mask_loss, iou))
+            recent.append(reported)
         if training.step % options.report == 0 and recent:
-            loss, iou = np.mean(recent, 0)
+            loss, dense_loss, iou = np.mean(recent, 0)
             recent = []
             training.curve.append((training.step, training.seconds, float(loss), float(iou)))
-            print(f"step {training.step}  {training.seconds / 60:.1f} of {options.minutes} min  side {side}  "
-                  f"loss {loss:.3f}  IoU {iou:.3f}", flush=True)
+            print(f"step {training.step}  {training.seconds / 60:.1f} of {options.minutes} min  "
+                  f"loss {loss:.3f}  dense {dense_loss:.3f}  IoU {iou:.3f}", flush=True)
         if time.monotonic() - saved > 120:
             training.save()
             saved = time.monotonic()
@@ -345,7 +388,7 @@ def main():
     parser.add_argument("--sides", type=parse_sides, default="256:1",
                         help="image sides and their shares of the time (%(default)s)")
     parser.add_argument("--batch", type=int, default=8,
-                        help="images of full size, more of smaller ones (%(default)s)")
+                        help="images of the smallest side in a step, fewer of larger ones (%(default)s)")
     parser.add_argument("--prompts", type=int, default=8, help="prompts for each image (%(default)s)")
     parser.add_argument("--rate", type=float, default=8e-4, help="peak learning rate (%(default)s)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
