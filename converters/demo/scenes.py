@@ -118,10 +118,10 @@ def abdomen(rng, side):
         radius = rng.uniform(0, 0.8) ** 0.5
         angle = rng.uniform(0, 6.28)
         centre = radius * width * np.cos(angle), radius * height * np.sin(angle)
-        axes = random_axes(rng, 0.012 if rng.random() < 0.15 else 0.035, 0.45)
+        axes = random_axes(rng, 0.02 if rng.random() < 0.15 else 0.04, 0.45)
         form = rng.random()
         if form < 0.25:
-            organ = c.tube(centre, axes[0] * rng.uniform(1, 3), axes[0] * rng.uniform(0.15, 0.5))
+            organ = c.tube(centre, axes[0] * rng.uniform(1, 3), max(0.025, axes[0] * rng.uniform(0.15, 0.5)))
         elif form < 0.6:
             organ = c.lump(centre, axes, rng.uniform(0, 180))
         else:
@@ -279,7 +279,7 @@ def make_scene(rng, side=256, kind=None):
     while True:
         draw = kind or rng.choice(list(KINDS), p=list(KINDS.values()))
         image, labels = draw(rng, side)
-        labels = drop_fragments(labels, least=10)
+        labels = drop_fragments(labels, least=max(10, side * side // 2000))
         if labels.any():
             image = spoil(rng, image)
             return (image if image.ndim == 3 else np.repeat(image[..., None], 3, 2)), labels

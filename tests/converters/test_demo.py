@@ -156,3 +156,14 @@ def test_smaller_images_train_the_same_parameters(tmp_path):
     small.image_encoder(torch.randn(2, 3, 32, 32))
     norm = training.model.image_encoder.patch_embed.seq[0].bn
     assert norm.num_batches_tracked == 1 and norm.running_mean.abs().max() > 0
+
+
+def test_surroundings_of_a_mask():
+    masks = torch.zeros(2, 40, 60, dtype=torch.bool)
+    masks[0, 10:21, 30:51] = True  # 11 rows, 21 columns
+    masks[1, 0, 59] = True
+    near = train.surroundings(masks)
+    ys, xs = torch.nonzero(near[0], as_tuple=True)
+    assert (ys.min(), ys.max(), xs.min(), xs.max()) == (10 - 6, 20 + 6, 30 - 9, 50 + 9)
+    assert near[0].sum() == (ys.max() - ys.min() + 1) * (xs.max() - xs.min() + 1)
+    assert near[1].sum() == 4 * 4 and near[1, 0, 59]
