@@ -7,47 +7,74 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "contract.hpp"
-#include "softmax.hpp"
+#include "elementwise.hpp"
+#include "reduce.hpp"
 #include "tile.hpp"
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
 inline ptrdiff_t attention_columns(ptrdiff_t n_k) {
-  return round_up(n_k, panel_width);
+  return round_up(n_k, half_panel);
 }
 
 inline ptrdiff_t attention_scratch(ptrdiff_t n_k, ptrdiff_t d_k, ptrdiff_t d_v) {
   const ptrdiff_t columns = attention_columns(n_k);
-  return columns * d_k + n_k * round_up(d_v, panel_width) + tile_rows * columns;
+  return columns * d_k + n_k * round_up(d_v, half_panel) + tile_rows * columns;
 }
 
-/// Panels of K transposed: panel p holds keys p * panel_width and on, as [d_k][panel_width].
-inline void pack_keys(ptrdiff_t n_k, ptrdiff_t d_k, const float* const* k, float* packed) {
-  for (ptrdiff_t j0 = 0; j0 < n_k; j0 += panel_width) {
-    for (ptrdiff_t j = 0; j < panel_width; ++j) {
-      float* column = packed + j0 * d_k + j;
-      const float* key = j0 + j < n_k ? k[j0 + j] : nullptr;
-      for (ptrdiff_t i = 0; i < d_k; ++i) column[i * panel_width] = key ? key[i] : 0.0f;
+/// `rows` (at most `width`) rows of d floats become columns: panel[i][j] = rows[j][i], zeros in the
+/// columns that are left.
+template <ptrdiff_t Width>
+HWY_INLINE void pack_transposed(ptrdiff_t rows, ptrdiff_t d, const float* const* row,
+                                float* panel) {
+  ptrdiff_t j = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::FixedTag<float, 4> quad;
+  for (; j + 4 <= rows; j += 4) {
+    ptrdiff_t i = 0;
+    for (; i + 4 <= d; i += 4) {
+      const auto a = hn::LoadU(quad, row[j] + i), b = hn::LoadU(quad, row[j + 1] + i);
+      const auto c = hn::LoadU(quad, row[j + 2] + i), e = hn::LoadU(quad, row[j + 3] + i);
+      const auto ab0 = hn::InterleaveLower(quad, a, b), ab1 = hn::InterleaveUpper(quad, a, b);
+      const auto ce0 = hn::InterleaveLower(quad, c, e), ce1 = hn::InterleaveUpper(quad, c, e);
+      float* to = panel + i * Width + j;
+      hn::StoreU(hn::ConcatLowerLower(quad, ce0, ab0), quad, to);
+      hn::StoreU(hn::ConcatUpperUpper(quad, ce0, ab0), quad, to + Width);
+      hn::StoreU(hn::ConcatLowerLower(quad, ce1, ab1), quad, to + 2 * Width);
+      hn::StoreU(hn::ConcatUpperUpper(quad, ce1, ab1), quad, to + 3 * Width);
+    }
+    for (; i < d; ++i)
+      for (ptrdiff_t n = 0; n < 4; ++n) panel[i * Width + j + n] = row[j + n][i];
+  }
+#endif
+  for (; j < Width; ++j)
+    for (ptrdiff_t i = 0; i < d; ++i) panel[i * Width + j] = j < rows ? row[j][i] : 0.0f;
+}
+
+/// Columns `first` and on of n rows of d floats: panel[i][j] = row[i][first + j], zeros after d.
+template <ptrdiff_t Vectors>
+HWY_INLINE void pack_columns(ptrdiff_t n, ptrdiff_t d, const float* const* row, ptrdiff_t first,
+                             float* panel) {
+  constexpr ptrdiff_t width = Vectors * lanes;
+  const float_tag tag;
+  for (ptrdiff_t i = 0; i < n; ++i, panel += width) {
+    const float* from = row[i] + first;
+    if (first + width <= d) {
+#pragma GCC unroll 2
+      for (ptrdiff_t v = 0; v < Vectors; ++v)
+        hn::Store(hn::LoadU(tag, from + v * lanes), tag, panel + v * lanes);
+    } else {
+      for (ptrdiff_t j = 0; j < width; ++j) panel[j] = first + j < d ? from[j] : 0.0f;
     }
   }
 }
 
-/// Panels of V: panel p holds channels p * panel_width and on, as [n_k][panel_width].
-inline void pack_values(ptrdiff_t n_k, ptrdiff_t d_v, const float* const* v, float* packed) {
-  for (ptrdiff_t c = 0; c < d_v; c += panel_width) {
-    const ptrdiff_t columns = std::min(panel_width, d_v - c);
-    float* panel = packed + c * n_k;
-    for (ptrdiff_t j = 0; j < n_k; ++j)
-      pack_panel(1, columns, v[j] + c, 0, 1, panel + j * panel_width);
-  }
-}
-
-/// scores = exp(scale * scores + bias - max), with -infinity where there is no key. Returns the
-/// sum.
-inline float softmax_scores(const attention_args& args, const float* bias, float* scores) {
-  const ptrdiff_t columns = attention_columns(args.n_k);
+/// scores = exp(scale * scores + bias - max), about 0 where there is no key. Returns the sum.
+HWY_INLINE float softmax_scores(const attention_args& args, ptrdiff_t columns, const float* bias,
+                                float* scores) {
   const batch scale(args.scale);
   batch best(-std::numeric_limits<float>::infinity());
   if (bias) {
@@ -58,57 +85,83 @@ inline float softmax_scores(const attention_args& args, const float* bias, float
       best = xsimd::max(best, s);
     }
   } else {
-    std::fill(scores + args.n_k, scores + columns, -std::numeric_limits<float>::infinity());
+    for (ptrdiff_t j = args.n_k; j < columns; ++j)
+      scores[j] = -std::numeric_limits<float>::infinity();
     for (ptrdiff_t j = 0; j < columns; j += batch_lanes) {
       const batch s = batch::load_aligned(scores + j) * scale;
       s.store_aligned(scores + j);
       best = xsimd::max(best, s);
     }
   }
-  alignas(64) float lane[static_cast<size_t>(batch_lanes)];
-  best.store_aligned(lane);
-  return exp_and_sum(columns, scores, row_max(batch_lanes, lane));
+  // exp_batch makes 1e-38 of -infinity, which no sum and no value notices.
+  const batch shift(fold_max(best));
+  batch sums[lane_batches];
+  for (batch& s : sums) s = batch(0.0f);
+  ptrdiff_t j = 0;
+  for (; j + virtual_lanes <= columns; j += virtual_lanes)
+    for (ptrdiff_t b = 0; b < lane_batches; ++b) {
+      float* at = scores + j + b * batch_lanes;
+      const batch e = exp_batch(batch::load_aligned(at) - shift);
+      e.store_aligned(at);
+      sums[b] += e;
+    }
+  for (ptrdiff_t b = 0; j < columns; j += batch_lanes, ++b) {
+    const batch e = exp_batch(batch::load_aligned(scores + j) - shift);
+    e.store_aligned(scores + j);
+    sums[b] += e;
+  }
+  return fold_sum(sums);
 }
 
 template <ptrdiff_t Rows>
 HWY_INLINE void attention_tile(const attention_args& args, ptrdiff_t row, const float* keys,
                                const float* values, float* scores) {
   const ptrdiff_t columns = attention_columns(args.n_k);
-  register_tile<Rows> tile;
-  for (ptrdiff_t j = 0; j < columns; j += panel_width) {
+  for_panels(columns, [&]<ptrdiff_t Vectors>(ptrdiff_t j) {
+    register_tile<Rows, Vectors> tile;
     tile.clear();
     tile.accumulate(args.d_k, args.q + row, 0, keys + j * args.d_k);
     tile.store(scores + j, columns);
-  }
+  });
 
   const float* score_row[Rows];
   float inverse[Rows];
   for (ptrdiff_t r = 0; r < Rows; ++r) {
     score_row[r] = scores + r * columns;
     const float* bias = args.bias ? args.bias + (row + r) * args.bias_stride : nullptr;
-    inverse[r] = 1.0f / softmax_scores(args, bias, scores + r * columns);
+    inverse[r] = 1.0f / softmax_scores(args, columns, bias, scores + r * columns);
   }
 
-  alignas(64) float result[panel_width];
-  for (ptrdiff_t c = 0; c < args.d_v; c += panel_width) {
+  for_panels(args.d_v, [&]<ptrdiff_t Vectors>(ptrdiff_t c) {
+    register_tile<Rows, Vectors> tile;
     tile.clear();
     tile.accumulate(args.n_k, score_row, 0, values + c * args.n_k);
-    const ptrdiff_t width = std::min(panel_width, args.d_v - c);
-    for (ptrdiff_t r = 0; r < Rows; ++r) {
-      tile.store_row(r, result);
-      const batch factor(inverse[r]);
-      map(width, result, args.out[row + r] + c, [factor](batch v) { return v * factor; });
+    tile.scale(inverse);
+    if (c + tile.width <= args.d_v) {
+      for (ptrdiff_t r = 0; r < Rows; ++r) tile.store_row(r, args.out[row + r] + c);
+    } else {
+      alignas(64) float result[tile.width];
+      for (ptrdiff_t r = 0; r < Rows; ++r) {
+        tile.store_row(r, result);
+        std::copy_n(result, args.d_v - c, args.out[row + r] + c);
+      }
     }
-  }
+  });
 }
 
 inline void attention(const attention_args& args) {
   const ptrdiff_t columns = attention_columns(args.n_k);
   float* keys = args.scratch;
   float* values = keys + columns * args.d_k;
-  float* scores = values + args.n_k * round_up(args.d_v, panel_width);
-  pack_keys(args.n_k, args.d_k, args.k, keys);
-  pack_values(args.n_k, args.d_v, args.v, values);
+  float* scores = values + args.n_k * round_up(args.d_v, half_panel);
+  for_panels(columns, [&]<ptrdiff_t Vectors>(ptrdiff_t j) {
+    constexpr ptrdiff_t width = Vectors * lanes;
+    pack_transposed<width>(std::min(width, args.n_k - j), args.d_k, args.k + j,
+                           keys + j * args.d_k);
+  });
+  for_panels(args.d_v, [&]<ptrdiff_t Vectors>(ptrdiff_t c) {
+    pack_columns<Vectors>(args.n_k, args.d_v, args.v, c, values + c * args.n_k);
+  });
   for (ptrdiff_t row = 0; row < args.n_q; row += tile_rows)
     with_rows(std::min(tile_rows, args.n_q - row),
               [&]<ptrdiff_t Rows>() { attention_tile<Rows>(args, row, keys, values, scores); });

@@ -38,15 +38,22 @@ inline batch apply_batch(batch x) {
   return x;
 }
 
-inline void activate(activation act, ptrdiff_t n, const float* x, float* out) {
+/// Calls f.template operator()<Act>() with `act` as a compile-time constant.
+template <class Function>
+HWY_INLINE void with_activation(activation act, Function&& f) {
   switch (act) {
-    case activation::gelu:
-      return map(n, x, out, [](batch v) { return gelu_batch(v); });
-    case activation::relu:
-      return map(n, x, out, [](batch v) { return relu_batch(v); });
     case activation::none:
-      if (x != out) map(n, x, out, [](batch v) { return v; });
+      return f.template operator()<activation::none>();
+    case activation::relu:
+      return f.template operator()<activation::relu>();
+    case activation::gelu:
+      return f.template operator()<activation::gelu>();
   }
+}
+
+inline void activate(activation act, ptrdiff_t n, const float* x, float* out) {
+  if (act == activation::none && x == out) return;
+  with_activation(act, [&]<activation Act>() { map(n, x, out, apply_batch<Act>); });
 }
 
 inline void sigmoid(ptrdiff_t n, const float* x, float* out) {

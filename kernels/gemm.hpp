@@ -36,6 +36,19 @@ inline void pack_b(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_strid
                packed + j * k);
 }
 
+/// Applies the activation to Rows x panel_width floats that were just stored, all in one loop: its
+/// constants stay in registers, and the rows' chains of operations overlap.
+template <ptrdiff_t Rows>
+inline void activate_tile(activation act, float* const* c, ptrdiff_t column) {
+  with_activation(act, [&]<activation Act>() {
+    for (ptrdiff_t r = 0; r < Rows; ++r)
+      for (ptrdiff_t j = 0; j < panel_width; j += batch_lanes) {
+        float* at = c[r] + column + j;
+        apply_batch<Act>(batch::load_unaligned(at)).store_unaligned(at);
+      }
+  });
+}
+
 /// Writes a finished tile: residual, store, activation. `columns` < panel_width at the right edge.
 template <ptrdiff_t Rows>
 HWY_INLINE void finish_tile(const register_tile<Rows>& tile, const gemm_args& args, ptrdiff_t row,
@@ -49,11 +62,7 @@ HWY_INLINE void finish_tile(const register_tile<Rows>& tile, const gemm_args& ar
       else
         tile.store_row(r, c);
     }
-    if (args.act != activation::none)
-      for (ptrdiff_t r = 0; r < Rows; ++r) {
-        float* c = args.c[row + r] + column;
-        activate(args.act, panel_width, c, c);
-      }
+    if (args.act != activation::none) activate_tile<Rows>(args.act, args.c + row, column);
     return;
   }
   alignas(64) float edge[Rows * panel_width];

@@ -40,14 +40,7 @@ inline void layer_norm_rows(const layer_norm_args& args) {
 }
 
 inline void layer_norm(const layer_norm_args& args) {
-  switch (args.act) {
-    case activation::none:
-      return layer_norm_rows<activation::none>(args);
-    case activation::relu:
-      return layer_norm_rows<activation::relu>(args);
-    case activation::gelu:
-      return layer_norm_rows<activation::gelu>(args);
-  }
+  with_activation(args.act, [&]<activation Act>() { layer_norm_rows<Act>(args); });
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

@@ -8,31 +8,20 @@
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
-inline float row_max(ptrdiff_t n, const float* x) {
+inline void softmax(ptrdiff_t n, float* x) {
   batch best(-std::numeric_limits<float>::infinity());
   ptrdiff_t i = 0;
   for (; i + batch_lanes <= n; i += batch_lanes)
     best = xsimd::max(best, batch::load_unaligned(x + i));
-  alignas(64) float lane[static_cast<size_t>(batch_lanes)];
-  best.store_aligned(lane);
-  for (; i < n; ++i) lane[0] = std::fmax(lane[0], x[i]);
-  for (const float v : lane) lane[0] = std::fmax(lane[0], v);
-  return lane[0];
-}
+  float greatest = fold_max(best);
+  for (; i < n; ++i) greatest = std::fmax(greatest, x[i]);
 
-/// x[i] = exp(x[i] - shift), and returns their sum. A column of -infinity becomes exactly 0.
-inline float exp_and_sum(ptrdiff_t n, float* x, float shift) {
-  const batch s(shift);
-  map(n, x, x, [s](batch v) {
-    const batch d = v - s;
+  const batch shift(greatest);
+  map(n, x, x, [shift](batch v) {
+    const batch d = v - shift;  // a column of -infinity becomes exactly 0
     return xsimd::select(d < batch(-87.3f), batch(0.0f), exp_batch(d));
   });
-  return sum_of(n, x, 0.0f, [](batch v) { return v; });
-}
-
-inline void softmax(ptrdiff_t n, float* x) {
-  const float sum = exp_and_sum(n, x, row_max(n, x));
-  const batch inverse(1.0f / sum);
+  const batch inverse(1.0f / sum_of(n, x, 0.0f, [](batch v) { return v; }));
   map(n, x, x, [inverse](batch v) { return v * inverse; });
 }
 

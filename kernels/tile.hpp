@@ -18,20 +18,23 @@ inline void pack_panel(ptrdiff_t k, ptrdiff_t columns, const float* b, ptrdiff_t
   }
 }
 
-/// A tile of Rows x panel_width sums in registers:
+/// A tile of Rows x (Vectors * lanes) sums in registers:
 ///
 ///     tile[r][j] = start[r * start_stride + j] + sum over i < k of a[r][i] * panel[i][j]
 ///
-/// `panel` is 64-byte aligned. Per step of k it loads tile_vectors vectors of B, broadcasts Rows
-/// elements of A and issues Rows * tile_vectors FMAs: compute bound as long as the panel is in L1.
-template <ptrdiff_t Rows>
+/// `panel` has rows of Vectors * lanes floats and vector alignment. Per step of k it loads Vectors
+/// vectors of B, broadcasts Rows elements of A and issues Rows * Vectors FMAs: compute bound as
+/// long as the panel is in L1.
+template <ptrdiff_t Rows, ptrdiff_t Vectors = tile_vectors>
 class register_tile {
 public:
+  static constexpr ptrdiff_t width = Vectors * lanes;
+
   HWY_INLINE void load(const float* start, ptrdiff_t start_stride) {
 #pragma GCC unroll 16
     for (ptrdiff_t r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
-      for (ptrdiff_t v = 0; v < tile_vectors; ++v)
+      for (ptrdiff_t v = 0; v < Vectors; ++v)
         sums_[r][v] = hn::LoadU(tag_, start + r * start_stride + v * lanes);
   }
 
@@ -39,7 +42,7 @@ public:
 #pragma GCC unroll 16
     for (ptrdiff_t r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
-      for (ptrdiff_t v = 0; v < tile_vectors; ++v) sums_[r][v] = hn::Zero(tag_);
+      for (ptrdiff_t v = 0; v < Vectors; ++v) sums_[r][v] = hn::Zero(tag_);
   }
 
   HWY_INLINE void accumulate(ptrdiff_t k, const float* const* a, ptrdiff_t offset,
@@ -49,17 +52,25 @@ public:
     for (ptrdiff_t r = 0; r < Rows; ++r) row[r] = a[r] + offset;
 #pragma GCC unroll 2
     for (ptrdiff_t i = 0; i < k; ++i) {
-      vector b[tile_vectors];
+      vector b[Vectors];
 #pragma GCC unroll 2
-      for (ptrdiff_t v = 0; v < tile_vectors; ++v)
-        b[v] = hn::Load(tag_, panel + i * panel_width + v * lanes);
+      for (ptrdiff_t v = 0; v < Vectors; ++v) b[v] = hn::Load(tag_, panel + i * width + v * lanes);
 #pragma GCC unroll 16
       for (ptrdiff_t r = 0; r < Rows; ++r) {
         const vector x = hn::Set(tag_, row[r][i]);
 #pragma GCC unroll 2
-        for (ptrdiff_t v = 0; v < tile_vectors; ++v) sums_[r][v] = hn::MulAdd(x, b[v], sums_[r][v]);
+        for (ptrdiff_t v = 0; v < Vectors; ++v) sums_[r][v] = hn::MulAdd(x, b[v], sums_[r][v]);
       }
     }
+  }
+
+  /// tile[r][j] *= factor[r]
+  HWY_INLINE void scale(const float (&factor)[Rows]) {
+#pragma GCC unroll 16
+    for (ptrdiff_t r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+      for (ptrdiff_t v = 0; v < Vectors; ++v)
+        sums_[r][v] = hn::Mul(sums_[r][v], hn::Set(tag_, factor[r]));
   }
 
   /// out[r * out_stride + j] = tile[r][j]
@@ -70,20 +81,33 @@ public:
 
   HWY_INLINE void store_row(ptrdiff_t r, float* out) const {
 #pragma GCC unroll 2
-    for (ptrdiff_t v = 0; v < tile_vectors; ++v) hn::StoreU(sums_[r][v], tag_, out + v * lanes);
+    for (ptrdiff_t v = 0; v < Vectors; ++v) hn::StoreU(sums_[r][v], tag_, out + v * lanes);
   }
 
   /// out[j] = tile[r][j] + addend[j]
   HWY_INLINE void store_row_plus(ptrdiff_t r, const float* addend, float* out) const {
 #pragma GCC unroll 2
-    for (ptrdiff_t v = 0; v < tile_vectors; ++v)
+    for (ptrdiff_t v = 0; v < Vectors; ++v)
       hn::StoreU(hn::Add(sums_[r][v], hn::LoadU(tag_, addend + v * lanes)), tag_, out + v * lanes);
   }
 
 private:
   static constexpr float_tag tag_{};
-  vector sums_[Rows][tile_vectors];
+  vector sums_[Rows][Vectors];
 };
+
+/// Half a panel: what is left of a matrix may need no more, and its sums take half the work.
+inline constexpr ptrdiff_t half_panel = panel_width / 2;
+static_assert(tile_vectors % 2 == 0 && half_panel % batch_lanes == 0);
+
+/// Cuts n columns into panels and, where no more than half of one is left, half a panel: calls
+/// f.template operator()<Vectors>(first column) for each.
+template <class Function>
+HWY_INLINE void for_panels(ptrdiff_t n, Function&& f) {
+  ptrdiff_t j = 0;
+  for (; j + half_panel < n; j += panel_width) f.template operator()<tile_vectors>(j);
+  if (j < n) f.template operator()<tile_vectors / 2>(j);
+}
 
 /// Calls f with `rows` (1 to tile_rows) as a compile-time constant: f.template operator()<Rows>().
 template <ptrdiff_t Rows = tile_rows, class Function>
