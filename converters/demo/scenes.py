@@ -24,7 +24,7 @@ class Canvas:
         shape = (side, side) if channels == 1 else (side, side, channels)
         self.image = np.full(shape, background, np.float32)
         self.labels = np.zeros((side, side), np.uint16)
-        self.count = 0
+        self.drawn = []  # pixels of each labelled object, hidden or not
         self.textures = {}
 
     def texture(self, scale):
@@ -71,9 +71,17 @@ class Canvas:
             value = value + (grain if self.image.ndim == 2 else grain[..., None])
         self.image = np.where(mask if self.image.ndim == 2 else mask[..., None], value, self.image)
 
-    def label(self, mask):
-        self.count += 1
-        self.labels[mask] = self.count
+    def label(self, mask, drawn=None):
+        """Makes `mask` the next object, what is to be seen of one of `drawn` pixels."""
+        self.drawn.append(drawn or np.count_nonzero(mask))
+        self.labels[mask] = len(self.drawn)
+
+    def labels_seen(self, least=0.5):
+        """The labels, without objects of which less than a part of `least` is in the picture: organs do
+        not lie over each other, and nobody would ask for what is left of one that did."""
+        seen = np.bincount(self.labels.ravel(), minlength=len(self.drawn) + 1)
+        hidden = seen < least * np.array([0, *self.drawn])
+        return np.where(hidden[self.labels], 0, self.labels)
 
 
 def somewhere(rng, reach=0.8):
@@ -126,6 +134,7 @@ def abdomen(rng, side):
             organ = c.lump(centre, axes, rng.uniform(0, 180))
         else:
             organ = c.ellipse(centre, axes, rng.uniform(0, 180), 0.18)
+        drawn = np.count_nonzero(organ)
         organ &= inside
         value = rng.choice(tissue) + rng.normal(0, 0.03)
         if abs(value - fat) < 0.07:  # nobody could see it
@@ -136,8 +145,8 @@ def abdomen(rng, side):
             c.paint(organ & (np.abs(field - rng.normal()) < 0.05), value + rng.choice([-0.12, 0.12]))
         if rng.random() < 0.2:  # a darker or brighter part within, such as a kidney's pelvis
             c.paint(organ & c.ellipse(centre, random_axes(rng, 0.03, 0.1)), value + rng.choice([-0.2, 0.15]))
-        c.label(organ)
-    return blur(c.image, rng.uniform(0.4, 1.2)), c.labels
+        c.label(organ, drawn)
+    return blur(c.image, rng.uniform(0.4, 1.2)), c.labels_seen()
 
 
 def ultrasound(rng, side):
@@ -166,7 +175,7 @@ def ultrasound(rng, side):
         fan = (np.abs(angle) < rng.uniform(0.4, 0.6)) & (np.hypot(c.x, c.y + 1.6) < 2.5)
         image = np.where(fan, image, 0)
         c.labels[~fan] = 0
-    return image, c.labels
+    return image, c.labels_seen()
 
 
 def cells(rng, side):
@@ -187,7 +196,7 @@ def cells(rng, side):
         if rng.random() < 0.5:
             c.paint(rim, value * 0.8)
         c.label(cell)
-    return np.stack([blur(c.image[..., i], rng.uniform(0.3, 1.0)) for i in range(3)], -1), c.labels
+    return np.stack([blur(c.image[..., i], rng.uniform(0.3, 1.0)) for i in range(3)], -1), c.labels_seen()
 
 
 def skin(rng, side):
@@ -213,7 +222,7 @@ def skin(rng, side):
             c.paint(np.abs(v - bend * u**2 - rng.uniform(-1, 1)) < 0.006, tone * 0.3)
     if rng.random() < 0.3:
         c.paint(np.hypot(c.x, c.y) > rng.uniform(1.0, 1.3), 0.05)
-    return np.stack([blur(c.image[..., i], 0.6) for i in range(3)], -1), c.labels
+    return np.stack([blur(c.image[..., i], 0.6) for i in range(3)], -1), c.labels_seen()
 
 
 def shapes(rng, side):
@@ -238,7 +247,7 @@ def shapes(rng, side):
         c.label(shape)
     image = c.image if channels == 3 else c.image[..., None]
     image = np.stack([blur(image[..., i], rng.uniform(0.3, 1.0)) for i in range(channels)], -1)
-    return np.squeeze(image), c.labels
+    return np.squeeze(image), c.labels_seen()
 
 
 KINDS = {abdomen: 0.45, ultrasound: 0.15, cells: 0.12, skin: 0.12, shapes: 0.16}

@@ -34,6 +34,18 @@ def test_scenes(kind, side):
     assert len(numbers) > 1 and (sizes >= 10).all()
 
 
+def test_objects_that_are_mostly_hidden_are_no_objects():
+    canvas = scenes.Canvas(np.random.default_rng(1), 40)
+    for columns in (np.s_[:, :10], np.s_[:, 6:20], np.s_[:, 16:30]):  # 60 and 71 % are seen
+        mask = np.zeros((40, 40), bool)
+        mask[columns] = True
+        canvas.label(mask)
+    canvas.label(np.arange(40) >= np.full((40, 1), 30), drawn=900)  # most of it outside the body
+    assert set(np.unique(canvas.labels)) == {1, 2, 3, 4}
+    assert set(np.unique(canvas.labels_seen())) == {0, 1, 2, 3}
+    assert set(np.unique(canvas.labels_seen(least=0.7))) == {0, 2, 3}
+
+
 def test_boxes_are_drawn_as_by_a_person():
     rng = np.random.default_rng(3)
     mask = np.zeros((80, 90), bool)
