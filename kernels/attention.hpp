@@ -72,9 +72,13 @@ HWY_INLINE void pack_columns(ptrdiff_t n, ptrdiff_t d, const float* const* row, 
   }
 }
 
-/// scores = exp(scale * scores + bias - max), about 0 where there is no key. Returns the sum.
-HWY_INLINE float softmax_scores(const attention_args& args, ptrdiff_t columns, const float* bias,
-                                float* scores) {
+struct softmax_result {
+  float max, sum;
+};
+
+/// scores = exp(scale * scores + bias - max), about 0 where there is no key, and their sum.
+HWY_INLINE softmax_result softmax_scores(const attention_args& args, ptrdiff_t columns,
+                                         const float* bias, float* scores) {
   const batch scale(args.scale);
   batch best(-std::numeric_limits<float>::infinity());
   if (bias) {
@@ -94,7 +98,8 @@ HWY_INLINE float softmax_scores(const attention_args& args, ptrdiff_t columns, c
     }
   }
   // exp_batch makes 1e-38 of -infinity, which no sum and no value notices.
-  const batch shift(fold_max(best));
+  const float max = fold_max(best);
+  const batch shift(max);
   batch sums[lane_batches];
   for (batch& s : sums) s = batch(0.0f);
   ptrdiff_t j = 0;
@@ -110,7 +115,7 @@ HWY_INLINE float softmax_scores(const attention_args& args, ptrdiff_t columns, c
     e.store_aligned(scores + j);
     sums[b] += e;
   }
-  return fold_sum(sums);
+  return {max, fold_sum(sums)};
 }
 
 template <ptrdiff_t Rows>
@@ -129,7 +134,9 @@ HWY_INLINE void attention_tile(const attention_args& args, ptrdiff_t row, const 
   for (ptrdiff_t r = 0; r < Rows; ++r) {
     score_row[r] = scores + r * columns;
     const float* bias = args.bias ? args.bias + (row + r) * args.bias_stride : nullptr;
-    inverse[r] = 1.0f / softmax_scores(args, columns, bias, scores + r * columns);
+    const auto [max, sum] = softmax_scores(args, columns, bias, scores + r * columns);
+    inverse[r] = 1.0f / sum;
+    if (args.lse) args.lse[row + r] = max + std::log(sum);
   }
 
   for_panels(args.d_v, [&]<ptrdiff_t Vectors>(ptrdiff_t c) {

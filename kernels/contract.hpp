@@ -50,6 +50,8 @@ struct attention_args {
   const float* bias = nullptr;
   ptrdiff_t bias_stride = 0;
   float* scratch;  ///< attention_scratch(n_k, d_k, d_v) floats, 64-byte aligned
+  float* lse =
+      nullptr;  ///< where not null: (n_q), log(sum over j of exp(scale * q.k[j] + bias[j]))
 };
 
 /// One row of a depthwise 3x3 convolution over channels-last pixels:
@@ -106,6 +108,8 @@ struct table {
   void (*add)(ptrdiff_t n, const float* a, const float* b, float* out);
   /// x = softmax(x) over n floats
   void (*softmax)(ptrdiff_t n, float* x);
+  /// Softmax down each column of `count` dense matrices (rows, columns) that follow each other.
+  void (*softmax_columns)(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t columns, float* x);
 
   /// A chain of dependent-free fused multiply-adds that saturates the units; returns the FLOPs
   /// done. It measures the peak that `bench` divides by.

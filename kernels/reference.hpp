@@ -37,11 +37,13 @@ inline void gemm(const gemm_args& args) {
     }
 }
 
-inline void softmax(ptrdiff_t n, double* x) {
+/// Returns the logarithm of the sum of exponentials.
+inline double softmax(ptrdiff_t n, double* x) {
   const double largest = *std::max_element(x, x + n);
   double sum = 0;
   for (ptrdiff_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - largest);
   for (ptrdiff_t i = 0; i < n; ++i) x[i] /= sum;
+  return largest + std::log(sum);
 }
 
 inline void attention(const attention_args& args) {
@@ -53,7 +55,8 @@ inline void attention(const attention_args& args) {
       weights[static_cast<std::size_t>(j)] =
           args.scale * dot + (args.bias ? args.bias[i * args.bias_stride + j] : 0.0f);
     }
-    softmax(args.n_k, weights.data());
+    const double lse = softmax(args.n_k, weights.data());
+    if (args.lse) args.lse[i] = static_cast<float>(lse);
     for (ptrdiff_t d = 0; d < args.d_v; ++d) {
       double sum = 0;
       for (ptrdiff_t j = 0; j < args.n_k; ++j)

@@ -1,4 +1,4 @@
-/// Softmax of one row, in place.
+/// Softmax of a row, and of the columns of small matrices, in place.
 #pragma once
 
 #include <limits>
@@ -23,6 +23,37 @@ inline void softmax(ptrdiff_t n, float* x) {
   });
   const batch inverse(1.0f / sum_of(n, x, 0.0f, [](batch v) { return v; }));
   map(n, x, x, [inverse](batch v) { return v * inverse; });
+}
+
+/// Columns are few (the heads of an attention) and may be fewer than a vector has lanes, so that
+/// the exponentials run over a whole matrix at once; the loops over columns are left to the
+/// compiler.
+inline void softmax_columns(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t columns, float* x) {
+  constexpr ptrdiff_t strip = 16;
+  const ptrdiff_t n = rows * columns;
+  const auto for_strips = [&](float* matrix, auto&& f) {
+    for (ptrdiff_t c = 0; c < columns; c += strip) f(matrix + c, std::min(strip, columns - c));
+  };
+  for (float* const end = x + count * n; x != end; x += n) {
+    for_strips(x, [&](float* part, ptrdiff_t width) {
+      float greatest[strip];
+      std::copy_n(part, width, greatest);
+      for (ptrdiff_t r = 1; r < rows; ++r)
+        for (ptrdiff_t c = 0; c < width; ++c)
+          greatest[c] = std::max(greatest[c], part[r * columns + c]);
+      for (ptrdiff_t r = 0; r < rows; ++r)
+        for (ptrdiff_t c = 0; c < width; ++c) part[r * columns + c] -= greatest[c];
+    });
+    map(n, x, x, exp_batch);
+    for_strips(x, [&](float* part, ptrdiff_t width) {
+      float inverse[strip] = {};
+      for (ptrdiff_t r = 0; r < rows; ++r)
+        for (ptrdiff_t c = 0; c < width; ++c) inverse[c] += part[r * columns + c];
+      for (ptrdiff_t c = 0; c < width; ++c) inverse[c] = 1.0f / inverse[c];
+      for (ptrdiff_t r = 0; r < rows; ++r)
+        for (ptrdiff_t c = 0; c < width; ++c) part[r * columns + c] *= inverse[c];
+    });
+  }
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

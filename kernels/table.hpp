@@ -30,6 +30,7 @@ inline constexpr table kernel_table{
     .sigmoid = sigmoid,
     .add = add,
     .softmax = softmax,
+    .softmax_columns = softmax_columns,
     .fma_peak = fma_peak,
 };
 

@@ -67,6 +67,9 @@ public:
         embedding_(shape{model.image_encoder.embedding_size().tokens(), model.config.embed_dim}),
         dense_(embedding_.extents()) {}
 
+  session(session&&) = default;
+  session(const session&) = delete;  // a copy's views would be of the original's memory
+
   const lite_medsam& model() const { return model_; }
   int threads() const { return ws_.threads(); }
 
@@ -113,7 +116,7 @@ public:
                               sparse.row(i * prompt_encoder::box_tokens));
       const decoded_masks part{{out.low_res_masks.row(start), {n, 1, mask_side(), mask_side()}},
                                {out.iou_predictions.row(start), {n, 1}}};
-      model_.decoder(ws_, dense_, model_.prompts.dense_position(), sparse, n, false, part);
+      model_.decoder(ws_, prepared(), sparse, n, false, part);
     }
     return out;
   }
@@ -136,14 +139,16 @@ public:
     const view<float> sparse =
         memory.take({prompt_encoder::token_count(count, b.has_value()), dim});
     model_.prompts.encode(points, b, sparse.data());
-    view<const float> image = dense_;
-    if (mask.data()) {
-      const view<float> sum = memory.take(embedding_.extents());
-      model_.prompts.encode_mask(ws_, {mask.data(), {mask.size(), 1}}, sum);
-      kernels::active().add(sum.size(), embedding_.data(), sum.data(), sum.data());
-      image = sum;
+    if (!mask.data()) {
+      model_.decoder(ws_, prepared(), sparse, 1, multimask, out);
+      return out;
     }
-    model_.decoder(ws_, image, model_.prompts.dense_position(), sparse, 1, multimask, out);
+    const view<float> image = memory.take(embedding_.extents());
+    model_.prompts.encode_mask(ws_, {mask.data(), {mask.size(), 1}}, image);
+    kernels::active().add(image.size(), embedding_.data(), image.data(), image.data());
+    float* room = memory.take({model_.decoder.prepared_floats()}).data();
+    model_.decoder(ws_, model_.decoder.prepare(ws_, image, model_.prompts.dense_position(), room),
+                   sparse, 1, multimask, out);
     return out;
   }
 
@@ -161,19 +166,32 @@ private:
                           model.decoder.memory(batch, prompt_encoder::box_tokens, dim);
     const index_t clicks =
         arena::rounded((max_points + 2) * dim) + arena::rounded(tokens * dim) +
+        arena::rounded(model.decoder.prepared_floats()) +
         std::max(model.prompts.memory(), model.decoder.memory(1, max_points + 2, dim));
     return std::max({model.image_encoder.memory(), boxes, clicks});
   }
   static std::size_t scratch_bytes(const lite_medsam& model) {
-    return std::max(model.image_encoder.scratch_bytes(),
-                    model.decoder.scratch_bytes(max_points + 2, model.config.embed_dim));
+    const index_t dim = model.config.embed_dim;
+    return std::max({model.image_encoder.scratch_bytes(),
+                     model.decoder.scratch_bytes(batch, prompt_encoder::box_tokens, dim),
+                     model.decoder.scratch_bytes(1, max_points + 2, dim)});
   }
 
   /// dense_ = embedding_ + what stands for "no mask", the image that all boxes share.
   void use_no_mask() {
+    image_.reset();
     const index_t dim = model_.config.embed_dim;
     for (index_t row = 0; row < embedding_.extent(0); ++row)
       kernels::active().add(dim, embedding_.row(row), model_.prompts.no_mask(), dense_.row(row));
+  }
+
+  /// What the decoder makes of dense_, once per image.
+  const shared_image& prepared() {
+    if (prepared_.empty()) prepared_ = tensor<float>(shape{model_.decoder.prepared_floats()});
+    if (!image_)
+      image_ =
+          model_.decoder.prepare(ws_, dense_, model_.prompts.dense_position(), prepared_.data());
+    return *image_;
   }
 
   decoded_masks room_for(index_t prompts, index_t masks) {
@@ -189,6 +207,8 @@ private:
   workspace ws_;
   tensor<float> embedding_;
   tensor<float> dense_;
+  tensor<float> prepared_;
+  std::optional<shared_image> image_;  // views of dense_ and prepared_, once there are prompts
   tensor<float> low_res_masks_;
   tensor<float> iou_predictions_;
 };

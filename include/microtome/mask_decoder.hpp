@@ -77,29 +77,39 @@ public:
   /// Masks per prompt.
   index_t masks(bool multimask) const { return multimask ? mask_tokens_ - 1 : 1; }
 
-  /// Decodes `prompts` prompts of `prompt_tokens` tokens each on one image.
+  /// Floats of what `prepare` makes of an image.
+  index_t prepared_floats() const { return 3 * side_ * side_ * transformer.inner(); }
+
+  /// Computes in `memory` (prepared_floats()) what all prompts on an image share.
   ///
   /// image        (side * side, dim): image embedding + dense prompt embedding
   /// position     (side * side, dim)
+  shared_image prepare(workspace& ws, view<const float> image, view<const float> position,
+                       float* memory) const {
+    const shape extents{side_ * side_, transformer.inner()};
+    const view<float> k{memory, extents}, v{k.end(), extents}, q{v.end(), extents};
+    transformer.prepare(ws, image, position, k, v, q);
+    return {image, position, k, v, q};
+  }
+
+  /// Decodes `prompts` prompts of `prompt_tokens` tokens each on one image, which `prepare` has
+  /// seen.
+  ///
   /// sparse       (prompts * prompt_tokens, dim)
   /// result       for `multimask` all masks but the first, otherwise only the first
-  void operator()(workspace& ws, view<const float> image, view<const float> position,
-                  view<const float> sparse, index_t prompts, bool multimask,
-                  const decoded_masks& result) const {
-    const index_t dim = image.extent(1);
+  void operator()(workspace& ws, const shared_image& image, view<const float> sparse,
+                  index_t prompts, bool multimask, const decoded_masks& result) const {
+    const index_t dim = image.tokens.extent(1);
     const index_t prompt_tokens = sparse.size() / (prompts * dim);
-    const index_t pixels = image.extent(0);
+    const index_t pixels = image.tokens.extent(0);
     frame memory(ws.memory());
     two_way_state s;
+    s.image = &image;
     s.prompts = prompts;
     s.tokens = tokens(prompt_tokens);
-    s.shared_keys = image.data();
-    s.pixel_position = position;
     s.queries = memory.take({prompts * s.tokens, dim});
     const view<float> first_queries = memory.take(s.queries.extents());
     s.keys = memory.take({prompts * pixels, dim});
-    s.k = memory.take({prompts * pixels, inner()});
-    s.v = memory.take({prompts * pixels, inner()});
     for (index_t p = 0; p < prompts; ++p) {
       float* row =
           std::copy(output_tokens_.begin(), output_tokens_.end(), s.queries.row(p * s.tokens));
@@ -120,12 +130,12 @@ public:
     const index_t n = prompts * tokens(prompt_tokens);
     const index_t pixels = side_ * side_;
     return 2 * arena::rounded(n * dim) + arena::rounded(prompts * pixels * dim) +
-           2 * arena::rounded(prompts * pixels * inner()) +
-           std::max(transformer.memory(n, dim), heads_memory(prompts, dim));
+           std::max(transformer.memory(prompts, tokens(prompt_tokens), pixels, dim),
+                    heads_memory(prompts, dim));
   }
 
-  std::size_t scratch_bytes(index_t prompt_tokens, index_t dim) const {
-    return std::max(transformer.scratch_bytes(tokens(prompt_tokens), side_ * side_, dim),
+  std::size_t scratch_bytes(index_t prompts, index_t prompt_tokens, index_t dim) const {
+    return std::max(transformer.scratch_bytes(prompts, tokens(prompt_tokens), side_ * side_, dim),
                     upscale_scratch());
   }
 
@@ -137,7 +147,6 @@ public:
   token_mlp iou_head;
 
 private:
-  index_t inner() const { return transformer.layers[0].token_to_image.inner(); }
   index_t filter() const { return upscale2.out(); }  // channels of the upscaled image
   index_t panel_floats() const { return kernels::active().packed_size(filter(), mask_tokens_); }
 
@@ -179,7 +188,7 @@ private:
     ws.parallel(s.prompts * side_, [&](index_t task, scratch local) {
       const index_t p = task / side_;
       const index_t y = task % side_;
-      upscale_row(s.image_tokens(p) + y * side_ * s.dim(), panels.row(p), count,
+      upscale_row(s.keys.row((p * side_ + y) * side_), panels.row(p), count,
                   out.data() + p * count * 16 * side_ * side_ + y * 16 * side_, local);
     });
   }
@@ -196,8 +205,7 @@ private:
     const index_t full_row = 2 * width * filter();
     for (index_t i = 0; i < 2; ++i)
       upscale2.row(width, half + i * width * upscale1.out(), full + 2 * i * full_row,
-                   full + (2 * i + 1) * full_row);
-    kernels::active().activate(activation::gelu, 4 * full_row, full, full);
+                   full + (2 * i + 1) * full_row, activation::gelu);
 
     const index_t pixels = 8 * width;
     for (index_t start = 0; start < pixels; start += token_block) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,9 +36,7 @@ public:
     const index_t dim = inner() / heads_;
     const index_t offset = head * dim;
     const auto rows = [&](auto* first, index_t count) {
-      auto** pointers = memory.take<decltype(first)>(count);
-      for (index_t i = 0; i < count; ++i) pointers[i] = first + i * inner() + offset;
-      return pointers;
+      return spread_rows(memory, first + offset, inner(), count);
     };
     kernels::active().attention(
         {.n_q = n_q,
@@ -58,163 +57,407 @@ public:
            scratch::bytes_of<float>(kernels::active().attention_scratch(n_k, dim, dim));
   }
 
+  /// `count` pointers to rows of `stride` floats, in scratch memory.
+  template <class T>
+  static T** spread_rows(scratch& memory, T* first, index_t stride, index_t count) {
+    T** pointers = memory.take<T*>(count);
+    for (index_t i = 0; i < count; ++i) pointers[i] = first + i * stride;
+    return pointers;
+  }
+
   linear q_proj, k_proj, v_proj, out_proj;
 
 private:
   index_t heads_ = 0;
 };
 
+/// What the transformer computes of an image once, for all prompts on it.
+struct shared_image {
+  view<const float> tokens;    ///< (pixels, dim): image embedding + dense prompt embedding
+  view<const float> position;  ///< (pixels, dim)
+  view<const float> k, v;      ///< (pixels, inner): what the first layer's tokens look at
+  view<const float> q;         ///< (pixels, inner): as what the pixels look at the tokens there
+};
+
 /// The activations of a batch of prompts on one image, as they pass through the transformer.
 struct two_way_state {
-  index_t prompts = 0;                 ///< in the batch
-  index_t tokens = 0;                  ///< per prompt
-  view<float> queries;                 ///< (prompts * tokens, dim)
-  view<const float> token_position;    ///< (prompts * tokens, dim): the queries as they began
-  view<float> keys;                    ///< (prompts * pixels, dim), once a layer has written it
-  const float* shared_keys = nullptr;  ///< (pixels, dim): what all prompts see before that
-  view<const float> pixel_position;    ///< (pixels, dim)
-  view<float> k, v;                    ///< (prompts * pixels, inner): keys and values of the pixels
+  const shared_image* image = nullptr;
+  index_t prompts = 0;               ///< in the batch
+  index_t tokens = 0;                ///< per prompt
+  view<float> queries;               ///< (prompts * tokens, dim)
+  view<const float> token_position;  ///< (prompts * tokens, dim): the queries as they began
+  view<float> keys;  ///< (prompts * pixels, dim): the image, from the first layer on
 
-  index_t pixels() const { return pixel_position.extent(0); }
-  index_t dim() const { return pixel_position.extent(1); }
-  /// Copies of the image tokens: one as long as the prompts still share them.
-  index_t images() const { return shared_keys ? 1 : prompts; }
-  const float* image_tokens(index_t prompt) const {
-    return shared_keys ? shared_keys : keys.data() + prompt * pixels() * dim();
+  index_t pixels() const { return image->position.extent(0); }
+  index_t dim() const { return image->position.extent(1); }
+
+  /// queries + token_position, for a projection.
+  view<float> positioned_queries(arena& memory) const {
+    const view<float> sum{memory.take(queries.size()), queries.extents()};
+    kernels::active().add(sum.size(), queries.data(), token_position.data(), sum.data());
+    return sum;
   }
 };
 
-/// queries += attention(queries + position, keys + position, keys): tokens look at the image.
+/// One projection of an attention, head by head, as matrices of their own. With few tokens and many
+/// pixels it is cheaper to multiply the tokens with them than to project the pixels:
+/// (q W_q) (x W_k)^T = (q W_q W_k^T) x^T, and sum_j p_j (x_j W_v) = (sum_j p_j x_j) W_v.
+class head_projections {
+public:
+  head_projections() = default;
+
+  /// From a weight (inner, dim): `onto` the heads' features, or through them back to `dim`.
+  static head_projections onto(const tensor<float>& weight, index_t heads) {
+    const index_t dim = weight.extent(1), features = weight.extent(0) / heads;
+    return {heads, dim, features, weight.data(), features * dim, 1, dim};
+  }
+  static head_projections through(const tensor<float>& weight, index_t heads) {
+    const index_t dim = weight.extent(1), features = weight.extent(0) / heads;
+    return {heads, features, dim, weight.data(), features * dim, dim, 1};
+  }
+  /// From the weight (dim, inner) of an output projection.
+  static head_projections out_of(const tensor<float>& weight, index_t heads) {
+    const index_t inner = weight.extent(1), features = inner / heads;
+    return {heads, features, weight.extent(0), weight.data(), features, 1, inner};
+  }
+
+  /// Serial: `count` rows of x at `x_stride` become rows of result, for one head.
+  void operator()(index_t head, index_t count, const float* x, index_t x_stride, float* result,
+                  index_t result_stride, const float* bias = nullptr) const {
+    const packed_weight& weight = weights_[static_cast<std::size_t>(head)];
+    for (index_t row = 0; row < count; row += token_block) {
+      const index_t n = std::min(token_block, count - row);
+      const row_pointers<const float> a(x + row * x_stride, x_stride, n);
+      const row_pointers<float> c(result + row * result_stride, result_stride, n);
+      kernels::active().gemm({.m = n,
+                              .n = weight.width(),
+                              .k = weight.depth(),
+                              .a = a.data(),
+                              .b = weight.columns_from(0),
+                              .c = c.data(),
+                              .bias = bias});
+    }
+  }
+
+private:
+  head_projections(index_t heads, index_t k, index_t n, const float* weight, index_t head_stride,
+                   index_t row_stride, index_t column_stride) {
+    for (index_t head = 0; head < heads; ++head)
+      weights_.emplace_back(k, n, weight + head * head_stride, row_stride, column_stride);
+  }
+
+  std::vector<packed_weight> weights_;
+};
+
+/// queries += attention(queries + position, image + position, image), for the first layer, where
+/// all prompts see one image: its keys and values are in shared_image.
+class shared_image_attention {
+public:
+  shared_image_attention(const safetensors& file, const std::string& name, index_t dim,
+                         index_t inner, index_t heads)
+      : attention_(file, name, dim, inner, heads) {}
+
+  /// Serial: k and v of `count` pixels.
+  void project(index_t count, const float* const* positioned, const float* const* tokens,
+               float* const* k, float* const* v) const {
+    attention_.k_proj.rows(count, positioned, k);
+    attention_.v_proj.rows(count, tokens, v);
+  }
+
+  void operator()(workspace& ws, two_way_state& s) const {
+    frame memory(ws.memory());
+    const index_t n = s.prompts * s.tokens;
+    const view<float> positioned = s.positioned_queries(ws.memory());
+    const view<float> q = memory.take({n, attention_.inner()});
+    const view<float> attended = memory.take(q.extents());
+    attention_.q_proj(ws, positioned, q);
+    ws.parallel(attention_.heads(), [&](index_t head, scratch local) {
+      attention_.attend(head, n, q.data(), s.pixels(), s.image->k.data(), s.image->v.data(),
+                        attended.data(), local);
+    });
+    attention_.out_proj(ws, attended, s.queries, activation::none, s.queries.data());
+  }
+
+  index_t memory(index_t prompts, index_t tokens, index_t, index_t dim) const {
+    const index_t n = prompts * tokens;
+    return arena::rounded(n * dim) + 2 * arena::rounded(n * attention_.inner());
+  }
+  std::size_t scratch_bytes(index_t prompts, index_t tokens, index_t pixels, index_t dim) const {
+    return std::max(attention_.scratch_bytes(prompts * tokens, pixels),
+                    scratch::bytes_of<float>(token_block * dim));
+  }
+
+private:
+  cross_attention attention_;
+};
+
+/// queries += attention(queries + position, keys + position, keys): tokens look at each prompt's
+/// own image. The pixels are not projected: see head_projections. (The key projection's bias adds
+/// the same to all scores of a query and so has no effect; weights sum to one, so the value
+/// projection's is added once.) Pixels are taken in chunks, whose results are weighted by their
+/// shares of the softmax's sum.
 class token_to_image_attention {
 public:
   token_to_image_attention() = default;
   token_to_image_attention(const safetensors& file, const std::string& name, index_t dim,
                            index_t inner, index_t heads)
-      : attention_(file, name, dim, inner, heads) {}
-
-  index_t inner() const { return attention_.inner(); }
+      : heads_(heads),
+        q_proj_(file, name + ".q_proj", dim, inner),
+        fold_keys_(
+            head_projections::through(file.read(name + ".k_proj.weight", {inner, dim}), heads)),
+        project_values_(
+            head_projections::onto(file.read(name + ".v_proj.weight", {inner, dim}), heads)),
+        value_bias_(file.read(name + ".v_proj.bias", {inner})),
+        out_proj_(file, name + ".out_proj", inner, dim) {}
 
   void operator()(workspace& ws, two_way_state& s) const {
-    project_image(ws, s);
     frame memory(ws.memory());
     const index_t n = s.prompts * s.tokens;
-    const index_t inner = attention_.inner();
-    const view<float> positioned = memory.take({n, s.dim()});
-    const view<float> q = memory.take({n, inner});
-    const view<float> attended = memory.take({n, inner});
-    kernels::active().add(n * s.dim(), s.queries.data(), s.token_position.data(),
-                          positioned.data());
-    attention_.q_proj(ws, positioned, q);
-    ws.parallel(s.prompts * attention_.heads(), [&](index_t task, scratch local) {
-      const index_t prompt = task / attention_.heads();
-      const index_t image = s.images() == 1 ? 0 : prompt * s.pixels() * inner;
-      const index_t token = prompt * s.tokens * inner;
-      attention_.attend(task % attention_.heads(), s.tokens, q.data() + token, s.pixels(),
-                        s.k.data() + image, s.v.data() + image, attended.data() + token, local);
+    const view<float> positioned = s.positioned_queries(ws.memory());
+    const view<float> q = memory.take({n, q_proj_.out()});
+    const view<float> attended = memory.take(q.extents());
+    const view<float> folded = memory.take({n, heads_, s.dim()});
+    q_proj_(ws, positioned, q);
+    const index_t features = q_proj_.out() / heads_;
+    ws.parallel(heads_, [&](index_t head, scratch) {
+      fold_keys_(head, n, q.data() + head * features, q_proj_.out(), folded.data() + head * s.dim(),
+                 heads_ * s.dim());
     });
-    attention_.out_proj(ws, attended, s.queries, activation::none, s.queries.data());
+    look(ws, s, folded);
+    ws.parallel(heads_, [&](index_t head, scratch) {
+      project_values_(head, n, folded.data() + head * s.dim(), heads_ * s.dim(),
+                      attended.data() + head * features, q_proj_.out(),
+                      value_bias_.data() + head * features);
+    });
+    out_proj_(ws, attended, s.queries, activation::none, s.queries.data());
   }
 
-  index_t memory(index_t tokens, index_t dim) const {
-    return arena::rounded(tokens * dim) + 2 * arena::rounded(tokens * attention_.inner());
+  index_t inner() const { return q_proj_.out(); }
+
+  index_t memory(index_t prompts, index_t tokens, index_t pixels, index_t dim) const {
+    const index_t n = prompts * tokens;
+    const index_t parts = prompts * chunks(pixels);
+    return arena::rounded(n * dim) + 2 * arena::rounded(n * q_proj_.out()) +
+           arena::rounded(n * heads_ * dim) + arena::rounded(parts * tokens * heads_ * dim) +
+           arena::rounded(parts * tokens * heads_);
   }
-  std::size_t scratch_bytes(index_t tokens, index_t pixels, index_t dim) const {
-    return std::max(attention_.scratch_bytes(tokens, pixels),
-                    scratch::bytes_of<float>(token_block * dim));
+  std::size_t scratch_bytes(index_t, index_t tokens, index_t, index_t dim) const {
+    return scratch::bytes_of<float>(chunk * dim) + 2 * scratch::bytes_of<float*>(chunk) +
+           2 * scratch::bytes_of<float*>(tokens * heads_) +
+           scratch::bytes_of<float>(kernels::active().attention_scratch(chunk, dim, dim));
   }
 
 private:
-  /// k and v of every image token; computed once for all prompts while they share the image.
-  void project_image(workspace& ws, two_way_state& s) const {
-    const index_t blocks = block_count(s.pixels());
-    const index_t inner = attention_.inner();
-    ws.parallel(s.images() * blocks, [&](index_t task, scratch memory) {
-      const index_t image = task / blocks;
-      const index_t row = task % blocks * token_block;
-      const index_t count = std::min(token_block, s.pixels() - row);
-      const float* tokens = s.image_tokens(image) + row * s.dim();
-      float* positioned = memory.take<float>(token_block * s.dim());
-      kernels::active().add(count * s.dim(), tokens, s.pixel_position.row(row), positioned);
-      const index_t out = (image * s.pixels() + row) * inner;
-      const row_pointers<const float> k_in(positioned, s.dim(), count);
-      const row_pointers<const float> v_in(tokens, s.dim(), count);
-      const row_pointers<float> k_out(s.k.data() + out, inner, count);
-      const row_pointers<float> v_out(s.v.data() + out, inner, count);
-      attention_.k_proj.rows(count, k_in.data(), k_out.data());
-      attention_.v_proj.rows(count, v_in.data(), v_out.data());
+  /// Pixels whose keys and values, packed, lie in L2 together.
+  static constexpr index_t chunk = 128;
+  static index_t chunks(index_t pixels) { return (pixels + chunk - 1) / chunk; }
+
+  /// Replaces every query (prompts * tokens, heads, dim) by the mean of the pixels it looks at.
+  void look(workspace& ws, const two_way_state& s, view<float> queries) const {
+    frame memory(ws.memory());
+    const index_t parts = chunks(s.pixels());
+    const index_t rows = s.tokens * heads_;  // of one prompt
+    const view<float> partial = memory.take({s.prompts * parts, rows, s.dim()});
+    const view<float> lse = memory.take({s.prompts * parts, rows});
+    ws.parallel(s.prompts * parts, [&](index_t task, scratch local) {
+      look_at_chunk(s, queries.row(task / parts * s.tokens), task / parts, task % parts * chunk,
+                    partial.row(task), lse.row(task), local);
+    });
+    ws.parallel(s.prompts * rows, [&](index_t task, scratch) {
+      const index_t first = task / rows * parts, row = task % rows;
+      float greatest = lse.row(first)[row];
+      for (index_t i = 1; i < parts; ++i) greatest = std::max(greatest, lse.row(first + i)[row]);
+      float* out = queries.data() + task * s.dim();
+      std::fill_n(out, s.dim(), 0.0f);
+      float sum = 0.0f;
+      for (index_t i = 0; i < parts; ++i) {
+        const float share = std::exp(lse.row(first + i)[row] - greatest);
+        const float* part = partial.row(first + i) + row * s.dim();
+        for (index_t j = 0; j < s.dim(); ++j) out[j] += share * part[j];
+        sum += share;
+      }
+      for (index_t j = 0; j < s.dim(); ++j) out[j] /= sum;
     });
   }
 
-  cross_attention attention_;
+  void look_at_chunk(const two_way_state& s, const float* queries, index_t prompt, index_t pixel,
+                     float* out, float* lse, scratch memory) const {
+    const index_t count = std::min(chunk, s.pixels() - pixel);
+    const index_t rows = s.tokens * heads_;
+    const float* tokens = s.keys.row(prompt * s.pixels() + pixel);
+    float* positioned = memory.take<float>(chunk * s.dim());
+    kernels::active().add(count * s.dim(), tokens, s.image->position.row(pixel), positioned);
+    const auto spread = [&]<class T>(T* first, index_t n) {
+      return cross_attention::spread_rows(memory, first, s.dim(), n);
+    };
+    kernels::active().attention(
+        {.n_q = rows,
+         .n_k = count,
+         .d_k = s.dim(),
+         .d_v = s.dim(),
+         .q = spread(queries, rows),
+         .k = spread(static_cast<const float*>(positioned), count),
+         .v = spread(tokens, count),
+         .out = spread(out, rows),
+         .scale = 1.0f / std::sqrt(static_cast<float>(q_proj_.out() / heads_)),
+         .scratch =
+             memory.take<float>(kernels::active().attention_scratch(chunk, s.dim(), s.dim())),
+         .lse = lse});
+  }
+
+  index_t heads_ = 0;
+  linear q_proj_;
+  head_projections fold_keys_, project_values_;
+  tensor<float> value_bias_;
+  linear out_proj_;
 };
 
 /// keys = norm(keys + attention(keys + position, queries + position, queries)): the image looks at
-/// the tokens. Fused by blocks of image tokens: query projection, all heads, output projection,
-/// residual and norm pass over a block while it is in L2.
+/// the tokens. The query and output projections are folded into the few keys and values (see
+/// head_projections), so that a block of pixels passes through one small matrix into scores, a
+/// softmax over the tokens, another small matrix, residual and norm while it is in L2.
 class image_to_token_attention {
 public:
   image_to_token_attention() = default;
+
+  /// In the first layer the pixels' queries come from shared_image.
   image_to_token_attention(const safetensors& file, const std::string& name,
-                           const std::string& norm, index_t dim, index_t inner, index_t heads)
-      : attention_(file, name, dim, inner, heads), norm_(file, norm, dim) {}
+                           const std::string& norm, index_t dim, index_t inner, index_t heads,
+                           bool first)
+      : heads_(heads),
+        k_proj_(file, name + ".k_proj", dim, inner),
+        v_proj_(file, name + ".v_proj", dim, inner),
+        fold_values_(
+            head_projections::out_of(file.read(name + ".out_proj.weight", {dim, inner}), heads)),
+        out_bias_(file.read(name + ".out_proj.bias", {dim})),
+        norm_(file, norm, dim) {
+    if (first) {
+      q_proj_.emplace(file, name + ".q_proj", dim, inner);
+    } else {
+      fold_keys_ =
+          head_projections::through(file.read(name + ".q_proj.weight", {inner, dim}), heads);
+      query_bias_ = file.read(name + ".q_proj.bias", {inner});
+    }
+  }
+
+  /// Serial, first layer only: the queries of `count` pixels.
+  void project(index_t count, const float* const* positioned, float* const* q) const {
+    q_proj_->rows(count, positioned, q);
+  }
 
   void operator()(workspace& ws, two_way_state& s) const {
     frame memory(ws.memory());
     const index_t n = s.prompts * s.tokens;
-    const index_t inner = attention_.inner();
-    const view<float> positioned = memory.take({n, s.dim()});
-    const view<float> k = memory.take({n, inner});
-    const view<float> v = memory.take({n, inner});
-    kernels::active().add(n * s.dim(), s.queries.data(), s.token_position.data(),
-                          positioned.data());
-    attention_.k_proj(ws, positioned, k);
-    attention_.v_proj(ws, s.queries, v);
+    const view<float> positioned = s.positioned_queries(ws.memory());
+    const view<float> k = memory.take({n, inner()});
+    const view<float> v = memory.take({n, inner()});
+    k_proj_(ws, positioned, k);
+    v_proj_(ws, s.queries, v);
+    const kernels::table& kernel = kernels::active();
+    const index_t scores = s.tokens * heads_, depth = q_proj_ ? inner() : s.dim();
+    const view<float> into = memory.take({s.prompts, kernel.packed_size(depth, scores)});
+    const view<float> out_of = memory.take({s.prompts, kernel.packed_size(scores, s.dim())});
+    const view<float> bias = memory.take({s.prompts, scores});
+    const view<float> rows = memory.take({s.prompts, scores, std::max(depth, s.dim())});
+    ws.parallel(s.prompts, [&](index_t prompt, scratch) {
+      const index_t token = prompt * s.tokens;
+      fold_keys(s.tokens, depth, k.row(token), rows.row(prompt), bias.row(prompt));
+      kernel.pack_b(depth, scores, rows.row(prompt), 1, depth, into.row(prompt));
+      for (index_t head = 0; head < heads_; ++head)
+        fold_values_(head, s.tokens, v.row(token) + head * features(), inner(),
+                     rows.row(prompt) + head * s.dim(), heads_ * s.dim());
+      kernel.pack_b(scores, s.dim(), rows.row(prompt), s.dim(), 1, out_of.row(prompt));
+    });
 
     const index_t blocks = block_count(s.pixels());
     ws.parallel(s.prompts * blocks, [&](index_t task, scratch local) {
       const index_t prompt = task / blocks;
-      const index_t row = task % blocks * token_block;
-      const index_t token = prompt * s.tokens * inner;
-      update_block(s, prompt, row, std::min(token_block, s.pixels() - row), k.data() + token,
-                   v.data() + token, local);
+      update_block(s, prompt, task % blocks * token_block, into.row(prompt), out_of.row(prompt),
+                   bias.row(prompt), local);
     });
-    s.shared_keys = nullptr;
   }
 
-  index_t memory(index_t tokens, index_t dim) const {
-    return arena::rounded(tokens * dim) + 2 * arena::rounded(tokens * attention_.inner());
+  index_t memory(index_t prompts, index_t tokens, index_t dim) const {
+    const kernels::table& kernel = kernels::active();
+    const index_t n = prompts * tokens;
+    const index_t scores = tokens * heads_, depth = q_proj_ ? inner() : dim;
+    return arena::rounded(n * dim) + 2 * arena::rounded(n * inner()) +
+           arena::rounded(prompts * kernel.packed_size(depth, scores)) +
+           arena::rounded(prompts * kernel.packed_size(scores, dim)) +
+           arena::rounded(prompts * scores) +
+           arena::rounded(prompts * scores * std::max(depth, dim));
   }
   std::size_t scratch_bytes(index_t tokens, index_t dim) const {
     return scratch::bytes_of<float>(token_block * dim) +
-           2 * scratch::bytes_of<float>(token_block * attention_.inner()) +
-           attention_.scratch_bytes(token_block, tokens);
+           scratch::bytes_of<float>(token_block * tokens * heads_);
   }
 
 private:
-  void update_block(const two_way_state& s, index_t prompt, index_t row, index_t count,
-                    const float* k, const float* v, scratch memory) const {
-    const float* tokens = s.image_tokens(prompt) + row * s.dim();
-    const index_t inner = attention_.inner();
+  index_t inner() const { return k_proj_.out(); }
+  index_t features() const { return inner() / heads_; }
+
+  /// What a pixel's query is multiplied with, row (token, head) of `depth` floats, and a bias.
+  void fold_keys(index_t tokens, index_t depth, float* k, float* rows, float* bias) const {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(features()));
+    for (index_t i = 0; i < tokens * inner(); ++i) k[i] *= scale;
+    if (q_proj_) {  // the queries are there: each head's key among zeros
+      std::fill_n(rows, tokens * heads_ * depth, 0.0f);
+      std::fill_n(bias, tokens * heads_, 0.0f);
+      for (index_t i = 0; i < tokens * heads_; ++i)
+        std::copy_n(k + i * features(), features(), rows + i * depth + i % heads_ * features());
+      return;
+    }
+    for (index_t head = 0; head < heads_; ++head)
+      fold_keys_(head, tokens, k + head * features(), inner(), rows + head * depth, heads_ * depth);
+    for (index_t i = 0; i < tokens * heads_; ++i) {
+      bias[i] = 0.0f;
+      for (index_t j = 0; j < features(); ++j)
+        bias[i] += k[i * features() + j] * query_bias_[i % heads_ * features() + j];
+    }
+  }
+
+  void update_block(const two_way_state& s, index_t prompt, index_t pixel, const float* into,
+                    const float* out_of, const float* bias, scratch memory) const {
+    const kernels::table& kernel = kernels::active();
+    const index_t count = std::min(token_block, s.pixels() - pixel);
+    const index_t scores = s.tokens * heads_;
     float* positioned = memory.take<float>(token_block * s.dim());
-    float* q = memory.take<float>(token_block * inner);
-    float* attended = memory.take<float>(token_block * inner);
-    kernels::active().add(count * s.dim(), tokens, s.pixel_position.row(row), positioned);
+    float* attended = memory.take<float>(token_block * scores);
+    float* keys = s.keys.row(prompt * s.pixels() + pixel);
+    const float* tokens = q_proj_ ? s.image->tokens.row(pixel) : keys;
+    if (!q_proj_) kernel.add(count * s.dim(), tokens, s.image->position.row(pixel), positioned);
 
-    const row_pointers<const float> in(positioned, s.dim(), count);
-    const row_pointers<float> q_rows(q, inner, count);
-    attention_.q_proj.rows(count, in.data(), q_rows.data());
-    for (index_t head = 0; head < attention_.heads(); ++head)
-      attention_.attend(head, count, q, s.tokens, k, v, attended, memory);
-
-    const row_pointers<const float> from(attended, inner, count);
+    const index_t depth = q_proj_ ? inner() : s.dim();
+    const row_pointers<const float> in(q_proj_ ? s.image->q.row(pixel) : positioned, depth, count);
+    const row_pointers<float> score_rows(attended, scores, count);
+    kernel.gemm({.m = count,
+                 .n = scores,
+                 .k = depth,
+                 .a = in.data(),
+                 .b = into,
+                 .c = score_rows.data(),
+                 .bias = bias});
+    kernel.softmax_columns(count, s.tokens, heads_, attended);
     const row_pointers<const float> residual(tokens, s.dim(), count);
-    const row_pointers<float> out(s.keys.data() + (prompt * s.pixels() + row) * s.dim(), s.dim(),
-                                  count);
-    attention_.out_proj.rows(count, from.data(), out.data(), activation::none, residual.data());
+    const row_pointers<float> out(keys, s.dim(), count);
+    kernel.gemm({.m = count,
+                 .n = s.dim(),
+                 .k = scores,
+                 .a = score_rows.data(),
+                 .b = out_of,
+                 .c = out.data(),
+                 .bias = out_bias_.data(),
+                 .residual = residual.data()});
     norm_.rows(count, out.data(), out.data());
   }
 
-  cross_attention attention_;
+  index_t heads_ = 0;
+  std::optional<linear> q_proj_;  // first layer only, which has no use for the next two
+  head_projections fold_keys_;
+  tensor<float> query_bias_;
+  linear k_proj_, v_proj_;
+  head_projections fold_values_;
+  tensor<float> out_bias_;
   layer_norm norm_;
 };
 
@@ -232,39 +475,49 @@ public:
     const index_t inner = dim / config.decoder.attention_downsample;
     self_attention = cross_attention(file, name + ".self_attn", dim, dim, heads);
     norm1 = layer_norm(file, name + ".norm1", dim);
-    token_to_image =
-        token_to_image_attention(file, name + ".cross_attn_token_to_image", dim, inner, heads);
+    const std::string to_image = name + ".cross_attn_token_to_image";
+    if (first)
+      look_at_shared_image.emplace(file, to_image, dim, inner, heads);
+    else
+      token_to_image.emplace(file, to_image, dim, inner, heads);
     norm2 = layer_norm(file, name + ".norm2", dim);
     lin1 = linear(file, name + ".mlp.lin1", dim, config.decoder.mlp_dim);
     lin2 = linear(file, name + ".mlp.lin2", config.decoder.mlp_dim, dim);
     norm3 = layer_norm(file, name + ".norm3", dim);
     image_to_token = image_to_token_attention(file, name + ".cross_attn_image_to_token",
-                                              name + ".norm4", dim, inner, heads);
+                                              name + ".norm4", dim, inner, heads, first);
   }
 
   void operator()(workspace& ws, two_way_state& s) const {
     attend_to_self(ws, s);
     norm1(ws, s.queries, s.queries);
-    token_to_image(ws, s);
+    look_at_shared_image ? (*look_at_shared_image)(ws, s) : (*token_to_image)(ws, s);
     norm2(ws, s.queries, s.queries);
     feed_forward(ws, s);
     norm3(ws, s.queries, s.queries);
     image_to_token(ws, s);
   }
 
-  index_t memory(index_t tokens, index_t dim) const {
-    return std::max({5 * arena::rounded(tokens * dim), arena::rounded(tokens * lin1.out()),
-                     token_to_image.memory(tokens, dim), image_to_token.memory(tokens, dim)});
+  index_t memory(index_t prompts, index_t tokens, index_t pixels, index_t dim) const {
+    const index_t n = prompts * tokens;
+    const index_t looking = look_at_shared_image
+                                ? look_at_shared_image->memory(prompts, tokens, pixels, dim)
+                                : token_to_image->memory(prompts, tokens, pixels, dim);
+    return std::max({5 * arena::rounded(n * dim), arena::rounded(n * lin1.out()), looking,
+                     image_to_token.memory(prompts, tokens, dim)});
   }
-  std::size_t scratch_bytes(index_t tokens, index_t pixels, index_t dim) const {
-    return std::max({self_attention.scratch_bytes(tokens, tokens),
-                     token_to_image.scratch_bytes(tokens, pixels, dim),
+  std::size_t scratch_bytes(index_t prompts, index_t tokens, index_t pixels, index_t dim) const {
+    const std::size_t looking =
+        look_at_shared_image ? look_at_shared_image->scratch_bytes(prompts, tokens, pixels, dim)
+                             : token_to_image->scratch_bytes(prompts, tokens, pixels, dim);
+    return std::max({self_attention.scratch_bytes(tokens, tokens), looking,
                      image_to_token.scratch_bytes(tokens, dim)});
   }
 
   cross_attention self_attention;
   layer_norm norm1;
-  token_to_image_attention token_to_image;
+  std::optional<shared_image_attention> look_at_shared_image;  // in the first layer
+  std::optional<token_to_image_attention> token_to_image;      // in the others
   layer_norm norm2;
   linear lin1, lin2;
   layer_norm norm3;
@@ -278,12 +531,7 @@ private:
     const view<float> k = memory.take(extents);
     const view<float> v = memory.take(extents);
     const view<float> attended = memory.take(extents);
-    view<const float> positioned = s.queries;
-    if (!first_) {
-      const view<float> sum = memory.take(extents);
-      kernels::active().add(sum.size(), s.queries.data(), s.token_position.data(), sum.data());
-      positioned = sum;
-    }
+    const view<const float> positioned = first_ ? s.queries : s.positioned_queries(ws.memory());
     self_attention.q_proj(ws, positioned, q);
     self_attention.k_proj(ws, positioned, k);
     self_attention.v_proj(ws, s.queries, v);
@@ -319,19 +567,46 @@ public:
     final_norm = layer_norm(file, name + ".norm_final_attn", config.embed_dim);
   }
 
-  /// Updates s.queries and s.keys.
+  index_t inner() const { return final_attention.inner(); }
+
+  /// What can be said of an image before any prompt: k, v and q (pixels, inner) of shared_image.
+  void prepare(workspace& ws, view<const float> tokens, view<const float> position, view<float> k,
+               view<float> v, view<float> q) const {
+    const index_t pixels = tokens.extent(0), dim = tokens.extent(1);
+    ws.parallel(block_count(pixels), [&](index_t block, scratch memory) {
+      const index_t row = block * token_block;
+      const index_t count = std::min(token_block, pixels - row);
+      float* positioned = memory.take<float>(token_block * dim);
+      kernels::active().add(count * dim, tokens.row(row), position.row(row), positioned);
+      const row_pointers<const float> with_position(positioned, dim, count);
+      const row_pointers<const float> without(tokens.row(row), dim, count);
+      const row_pointers<float> k_rows(k.row(row), inner(), count);
+      const row_pointers<float> v_rows(v.row(row), inner(), count);
+      const row_pointers<float> q_rows(q.row(row), inner(), count);
+      layers[0].look_at_shared_image->project(count, with_position.data(), without.data(),
+                                              k_rows.data(), v_rows.data());
+      layers[0].image_to_token.project(count, with_position.data(), q_rows.data());
+    });
+  }
+
+  /// Updates s.queries and makes s.keys.
   void operator()(workspace& ws, two_way_state& s) const {
     for (const two_way_layer& layer : layers) layer(ws, s);
     final_attention(ws, s);
     final_norm(ws, s.queries, s.queries);
   }
 
-  index_t memory(index_t tokens, index_t dim) const {
-    return std::max(layers[0].memory(tokens, dim), final_attention.memory(tokens, dim));
+  index_t memory(index_t prompts, index_t tokens, index_t pixels, index_t dim) const {
+    index_t floats = final_attention.memory(prompts, tokens, pixels, dim);
+    for (const two_way_layer& layer : layers)
+      floats = std::max(floats, layer.memory(prompts, tokens, pixels, dim));
+    return floats;
   }
-  std::size_t scratch_bytes(index_t tokens, index_t pixels, index_t dim) const {
-    return std::max(layers[0].scratch_bytes(tokens, pixels, dim),
-                    final_attention.scratch_bytes(tokens, pixels, dim));
+  std::size_t scratch_bytes(index_t prompts, index_t tokens, index_t pixels, index_t dim) const {
+    std::size_t bytes = final_attention.scratch_bytes(prompts, tokens, pixels, dim);
+    for (const two_way_layer& layer : layers)
+      bytes = std::max(bytes, layer.scratch_bytes(prompts, tokens, pixels, dim));
+    return bytes;
   }
 
   std::vector<two_way_layer> layers;

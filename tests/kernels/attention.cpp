@@ -23,7 +23,8 @@ double attention_error(index_t n_q, index_t n_k, index_t d_k, index_t d_v, bool 
       bias[i * columns + j] = -std::numeric_limits<float>::infinity();
   tensor<float> scratch(shape{kernel.attention_scratch(n_k, d_k, d_v)});
   tensor<float> fast(shape{n_q, d_v}), slow(shape{n_q, d_v});
-  const auto run = [&](auto&& function, tensor<float>& out) {
+  tensor<float> fast_lse(shape{n_q}), slow_lse(shape{n_q});
+  const auto run = [&](auto&& function, tensor<float>& out, tensor<float>& lse) {
     const auto q_rows = row_pointers_of(q.data(), n_q, stride);
     const auto k_rows = row_pointers_of(k.data(), n_k, stride);
     const auto v_rows = row_pointers_of(v.data(), n_k, stride);
@@ -39,11 +40,12 @@ double attention_error(index_t n_q, index_t n_k, index_t d_k, index_t d_v, bool 
                                      .scale = 1 / std::sqrt(static_cast<float>(d_k)),
                                      .bias = with_bias ? bias.data() : nullptr,
                                      .bias_stride = columns,
-                                     .scratch = scratch.data()});
+                                     .scratch = scratch.data(),
+                                     .lse = lse.data()});
   };
-  run(kernel.attention, fast);
-  run(kernels::reference::attention, slow);
-  return max_error(fast, slow);
+  run(kernel.attention, fast, fast_lse);
+  run(kernels::reference::attention, slow, slow_lse);
+  return std::max(max_error(fast, slow), max_error(fast_lse, slow_lse));
 }
 
 }  // namespace

@@ -80,6 +80,25 @@ TEST_CASE("softmax sums to one and equals the reference") {
   }
 }
 
+TEST_CASE("softmax down columns equals the reference, matrix by matrix") {
+  const kernels::table& kernel = kernels::active();
+  constexpr index_t count = 3;
+  for (const index_t rows : {1, 2, 7, 20})
+    for (const index_t columns : {1, 2, 8, 19}) {
+      tensor<float> x = random_tensor({count, rows, columns}, 1, 6.0f);
+      const tensor<float> before = x;
+      kernel.softmax_columns(count, rows, columns, x.data());
+      for (index_t column = 0; column < count * columns; ++column) {
+        const index_t first = column / columns * rows * columns + column % columns;
+        std::vector<double> expected;
+        for (index_t r = 0; r < rows; ++r) expected.push_back(before[first + r * columns]);
+        kernels::reference::softmax(rows, expected.data());
+        for (index_t r = 0; r < rows; ++r)
+          CHECK(std::abs(x[first + r * columns] - expected[static_cast<std::size_t>(r)]) < 1e-6);
+      }
+    }
+}
+
 TEST_CASE("add, with every remainder") {
   const kernels::table& kernel = kernels::active();
   for (const index_t n : {1, 7, 8, 9, 31, 100}) {

@@ -142,7 +142,8 @@ public:
   index_t out() const { return out_; }
 
   /// Serial: `count` dense pixels of one row become two dense rows of 2 * count pixels.
-  void row(index_t count, const float* x, float* upper, float* lower) const {
+  void row(index_t count, const float* x, float* upper, float* lower,
+           activation act = activation::none) const {
     for (index_t start = 0; start < count; start += token_block) {
       const index_t n = std::min(token_block, count - start);
       const row_pointers<const float> a(x + start * in(), in(), n);
@@ -154,7 +155,8 @@ public:
                                 .a = a.data(),
                                 .b = weight_[dy].columns_from(0),
                                 .c = c.data(),
-                                .bias = bias_.data()});
+                                .bias = bias_.data(),
+                                .act = act});
       }
     }
   }
