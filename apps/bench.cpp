@@ -113,6 +113,7 @@ struct bench_options {
   std::string model;
   int threads = 0, runs = 10;
   bool json = false;
+  precision factors = precision::fp32;
 };
 
 /// An image of noise: no kernel's time depends on the values.
@@ -127,7 +128,7 @@ tensor<float> make_image(index_t side) {
 }
 
 int run_bench(const bench_options& options) {
-  const lite_medsam model = lite_medsam::load(options.model);
+  const lite_medsam model = lite_medsam::load(options.model, {.inputs = options.factors});
   session s(model, {.threads = options.threads});
   const index_t side = model.config.image_size;
   const tensor<float> image = make_image(side);
@@ -155,7 +156,7 @@ int run_bench(const bench_options& options) {
 
   if (options.json) {
     const nlohmann::ordered_json result = {{"model", options.model},
-                                           {"precision", "fp32"},
+                                           {"precision", name_of(options.factors)},
                                            {"target", kernels::active().name},
                                            {"threads", s.threads()},
                                            {"runs", options.runs},
@@ -168,8 +169,11 @@ int run_bench(const bench_options& options) {
     std::printf("%s\n", result.dump().c_str());
     return 0;
   }
-  std::printf("%s, %d threads, %d runs, fp32\n", kernels::active().description, s.threads(),
-              options.runs);
+  std::printf("%s, %d threads, %d runs, %s%s\n", kernels::active().description, s.threads(),
+              options.runs, name_of(options.factors),
+              options.factors == precision::bf16 && !kernels::active().native_bf16
+                  ? " without instructions for it"
+                  : "");
   std::printf("             median     min     max  ms\n");
   std::printf("encoder     %7.1f %7.1f %7.1f\n", encoder.median(), encoder.min(), encoder.max());
   std::printf("decoder     %7.1f %7.1f %7.1f    the first box on an image\n", decoder.median(),
@@ -199,6 +203,7 @@ command add_bench(CLI::App& app) {
       ->check(CLI::Range(1, 1000000))
       ->capture_default_str();
   app.add_flag("--json", options->json, "print one JSON object");
+  add_precision(app, options->factors);
   return [options] { return run_bench(*options); };
 }
 

@@ -47,8 +47,9 @@ command add_info(CLI::App& app) {
   app.add_option("-m,--model", *model, "model file");
   return [model] {
     const kernels::table& k = kernels::active();
-    std::printf("version       %s\ntarget        %s: %s\nthreads       %d\n", MICROTOME_VERSION,
-                k.name, k.description, default_threads());
+    std::printf("version       %s\ntarget        %s: %s\nbf16          %s\nthreads       %d\n",
+                MICROTOME_VERSION, k.name, k.description,
+                k.native_bf16 ? "dot products" : "emulated, same results", default_threads());
     if (!model->empty()) show_model(*model);
     return 0;
   };

@@ -31,6 +31,7 @@ struct segment_options {
   std::string padding = "exact";
   int threads = 0;
   int workers = 1;
+  precision factors = precision::fp32;
 };
 
 struct job {
@@ -171,7 +172,8 @@ int run_segment(const segment_options& options) {
   make_folder(options.output);
   if (!options.overlay.empty()) make_folder(options.overlay);
   const lite_medsam model = lite_medsam::load(
-      options.model, {.windows = options.padding == "exact" ? padding::exact : padding::dropped});
+      options.model, {.windows = options.padding == "exact" ? padding::exact : padding::dropped,
+                      .inputs = options.factors});
 
   const auto workers = std::min(static_cast<std::size_t>(options.workers), jobs.size());
   const int threads = options.threads > 0 ? options.threads : default_threads();
@@ -224,6 +226,7 @@ command add_segment(CLI::App& app) {
   app.add_option("--workers", options->workers, "cases side by side, which share the threads")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
+  add_precision(app, options->factors);
   return [options] { return run_segment(*options); };
 }
 

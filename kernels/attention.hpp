@@ -20,9 +20,17 @@ inline ptrdiff_t attention_columns(ptrdiff_t n_k) {
   return round_up(n_k, half_panel);
 }
 
+/// Floats of a row of A in the form that Inputs multiply.
+template <class Inputs>
+constexpr ptrdiff_t converted_size(ptrdiff_t n) {
+  return Inputs::converts ? steps<Inputs>(n) * Inputs::a_per_step : 0;
+}
+
+template <class Inputs>
 inline ptrdiff_t attention_scratch(ptrdiff_t n_k, ptrdiff_t d_k, ptrdiff_t d_v) {
   const ptrdiff_t columns = attention_columns(n_k);
-  return columns * d_k + n_k * round_up(d_v, half_panel) + tile_rows * columns;
+  return columns * d_k + n_k * round_up(d_v, half_panel) +
+         tile_rows * (columns + converted_size<Inputs>(d_k));
 }
 
 /// `rows` (at most `width`) rows of d floats become columns: panel[i][j] = rows[j][i], zeros in the
@@ -118,31 +126,53 @@ HWY_INLINE softmax_result softmax_scores(const attention_args& args, ptrdiff_t c
   return {max, fold_sum(sums)};
 }
 
-template <ptrdiff_t Rows>
+/// A panel that was packed in the memory of floats, in the form that Inputs multiply.
+template <class Inputs>
+HWY_INLINE const typename Inputs::b_element* panel_at(const float* panel) {
+  return reinterpret_cast<const typename Inputs::b_element*>(panel);
+}
+
+template <class Inputs, ptrdiff_t Rows>
 HWY_INLINE void attention_tile(const attention_args& args, ptrdiff_t row, const float* keys,
                                const float* values, float* scores) {
+  using element = typename Inputs::a_element;
   const ptrdiff_t columns = attention_columns(args.n_k);
+  const element* a[Rows];
+  for (ptrdiff_t r = 0; r < Rows; ++r) {
+    if constexpr (Inputs::converts) {
+      auto* out = reinterpret_cast<element*>(scores + tile_rows * columns) +
+                  r * converted_size<Inputs>(args.d_k);
+      Inputs::convert_row(args.d_k, args.q[row + r], out);
+      a[r] = out;
+    } else {
+      a[r] = args.q[row + r];
+    }
+  }
   for_panels(columns, [&]<ptrdiff_t Vectors>(ptrdiff_t j) {
     register_tile<Rows, Vectors> tile;
     tile.clear();
-    tile.accumulate(args.d_k, args.q + row, 0, keys + j * args.d_k);
+    tile.template accumulate<Inputs>(steps<Inputs>(args.d_k), a, 0,
+                                     panel_at<Inputs>(keys + j * args.d_k));
     tile.store(scores + j, columns);
   });
 
-  const float* score_row[Rows];
   float inverse[Rows];
   for (ptrdiff_t r = 0; r < Rows; ++r) {
-    score_row[r] = scores + r * columns;
+    float* score_row = scores + r * columns;
     const float* bias = args.bias ? args.bias + (row + r) * args.bias_stride : nullptr;
-    const auto [max, sum] = softmax_scores(args, columns, bias, scores + r * columns);
+    const auto [max, sum] = softmax_scores(args, columns, bias, score_row);
     inverse[r] = 1.0f / sum;
     if (args.lse) args.lse[row + r] = max + std::log(sum);
+    auto* out = reinterpret_cast<element*>(score_row);
+    if constexpr (Inputs::converts) Inputs::convert_row(args.n_k, score_row, out);
+    a[r] = out;
   }
 
   for_panels(args.d_v, [&]<ptrdiff_t Vectors>(ptrdiff_t c) {
     register_tile<Rows, Vectors> tile;
     tile.clear();
-    tile.accumulate(args.n_k, score_row, 0, values + c * args.n_k);
+    tile.template accumulate<Inputs>(steps<Inputs>(args.n_k), a, 0,
+                                     panel_at<Inputs>(values + c * args.n_k));
     tile.scale(inverse);
     if (c + tile.width <= args.d_v) {
       for (ptrdiff_t r = 0; r < Rows; ++r) tile.store_row(r, args.out[row + r] + c);
@@ -156,6 +186,7 @@ HWY_INLINE void attention_tile(const attention_args& args, ptrdiff_t row, const 
   });
 }
 
+template <class Inputs>
 inline void attention(const attention_args& args) {
   const ptrdiff_t columns = attention_columns(args.n_k);
   float* keys = args.scratch;
@@ -163,15 +194,19 @@ inline void attention(const attention_args& args) {
   float* scores = values + args.n_k * round_up(args.d_v, half_panel);
   for_panels(columns, [&]<ptrdiff_t Vectors>(ptrdiff_t j) {
     constexpr ptrdiff_t width = Vectors * lanes;
-    pack_transposed<width>(std::min(width, args.n_k - j), args.d_k, args.k + j,
-                           keys + j * args.d_k);
+    float* panel = keys + j * args.d_k;
+    pack_transposed<width>(std::min(width, args.n_k - j), args.d_k, args.k + j, panel);
+    Inputs::finish_panel(args.d_k, width, panel);
   });
   for_panels(args.d_v, [&]<ptrdiff_t Vectors>(ptrdiff_t c) {
-    pack_columns<Vectors>(args.n_k, args.d_v, args.v, c, values + c * args.n_k);
+    float* panel = values + c * args.n_k;
+    pack_columns<Vectors>(args.n_k, args.d_v, args.v, c, panel);
+    Inputs::finish_panel(args.n_k, Vectors * lanes, panel);
   });
   for (ptrdiff_t row = 0; row < args.n_q; row += tile_rows)
-    with_rows(std::min(tile_rows, args.n_q - row),
-              [&]<ptrdiff_t Rows>() { attention_tile<Rows>(args, row, keys, values, scores); });
+    with_rows(std::min(tile_rows, args.n_q - row), [&]<ptrdiff_t Rows>() {
+      attention_tile<Inputs, Rows>(args, row, keys, values, scores);
+    });
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

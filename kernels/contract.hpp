@@ -19,17 +19,24 @@ using std::ptrdiff_t;
 
 enum class activation { none, relu, gelu };
 
+/// What the factors of products are rounded to; everything else is fp32.
+enum class precision { fp32, bf16 };
+
+/// The longest sum of a GEMM in bf16, taps * k.
+inline constexpr ptrdiff_t max_gemm_depth = 16384;
+
 /// C = act(sum over t of A[t] * B[t] + bias + residual)
 ///
 /// A[t] is (m, k), given by m row pointers per tap t; B is (taps * k, n), packed by `pack_b`;
 /// C is (m, n). `bias` (n) and `residual` (m row pointers) may be null; a row of `residual` may be
-/// the same memory as that row of C. Sums run over taps, then k, in order, in fp32, from `bias` on.
+/// the same memory as that row of C. Sums run over taps, then k, in order, in fp32, from `bias` on;
+/// in bf16 they take pairs along taps * k, the second of a pair first.
 struct gemm_args {
   ptrdiff_t m, n, k;
   ptrdiff_t taps = 1;
-  const float* const* a;  ///< [taps][m] pointers to k floats
-  const float* b;         ///< packed, 64-byte aligned
-  float* const* c;        ///< [m] pointers to n floats
+  const float* const* a;    ///< [taps][m] pointers to k floats
+  const void* b = nullptr;  ///< packed, 64-byte aligned
+  float* const* c;          ///< [m] pointers to n floats
   const float* bias = nullptr;
   const float* const* residual = nullptr;  ///< [m] pointers to n floats
   activation act = activation::none;
@@ -80,24 +87,34 @@ struct layer_norm_args {
   activation act = activation::none;
 };
 
+/// Products of matrices, with factors of one precision.
+struct matrix_kernels {
+  /// Bytes that pack_b writes for B (k, n).
+  ptrdiff_t (*packed_bytes)(ptrdiff_t k, ptrdiff_t n);
+  /// Packs B, given as (k, n) with element (i, j) at b[i * row_stride + j * column_stride], in
+  /// panels of panel_width columns. Columns from a multiple p of panel_width on start at byte
+  /// packed_bytes(k, p).
+  void (*pack_b)(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
+                 ptrdiff_t column_stride, void* packed);
+  void (*gemm)(const gemm_args&);
+  ptrdiff_t (*attention_scratch)(ptrdiff_t n_k, ptrdiff_t d_k, ptrdiff_t d_v);
+  void (*attention)(const attention_args&);
+};
+
 /// The functions of one target. A new CPU is a new table.
 struct table {
   const char* name;
   const char* description;
 
+  matrix_kernels fp32, bf16;
+  const matrix_kernels& matrix(precision p) const { return p == precision::bf16 ? bf16 : fp32; }
+  /// Whether bf16 runs on instructions of its own; elsewhere it gives the same bits, at the speed
+  /// of fp32 at best.
+  bool native_bf16;
   /// Columns of B that lie side by side in a packed panel.
   ptrdiff_t panel_width;
-  /// Floats that pack_b writes: k x n, with n rounded up to whole panels.
-  ptrdiff_t (*packed_size)(ptrdiff_t k, ptrdiff_t n);
-  /// Packs B, given as (k, n) with element (i, j) at b[i * row_stride + j * column_stride].
-  void (*pack_b)(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
-                 ptrdiff_t column_stride, float* packed);
-  void (*gemm)(const gemm_args&);
-
-  /// n_k rounded up to the vector width that the kernel works in.
+  /// n_k rounded up to the vector width that attention works in.
   ptrdiff_t (*attention_columns)(ptrdiff_t n_k);
-  ptrdiff_t (*attention_scratch)(ptrdiff_t n_k, ptrdiff_t d_k, ptrdiff_t d_v);
-  void (*attention)(const attention_args&);
 
   void (*depthwise3x3)(const depthwise_args&);
   void (*layer_norm)(const layer_norm_args&);

@@ -1,4 +1,4 @@
-/// The packed, blocked fp32 GEMM with its epilogue.
+/// The packed, blocked GEMM with its epilogue, for fp32 and bf16 factors.
 ///
 /// Loop order, from the outside: blocks of rows (their A stays in L2), panels of B, blocks of k (a
 /// k_block x panel_width piece of B stays in L1), register tiles. B is read from L2 or L3 once per
@@ -15,25 +15,38 @@
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
-/// A piece of B of this depth fills at most 3/4 of a 32 KiB L1 cache.
+/// A piece of B of this many steps along k fills at most 3/4 of a 32 KiB L1 cache.
 inline constexpr ptrdiff_t k_block =
     24 * 1024 / (panel_width * static_cast<ptrdiff_t>(sizeof(float)));
 /// Rows of A that are swept with one piece of B: a block of A is at most 256 KiB, half an L2.
 inline constexpr ptrdiff_t max_block_rows = 16 * tile_rows;
-inline ptrdiff_t block_rows(ptrdiff_t k) {
-  const ptrdiff_t fit = 256 * 1024 / static_cast<ptrdiff_t>(sizeof(float)) / k;
-  return std::clamp(fit / tile_rows * tile_rows, 4 * tile_rows, max_block_rows);
+inline ptrdiff_t block_rows(ptrdiff_t row_bytes, ptrdiff_t least) {
+  return std::clamp(256 * 1024 / row_bytes / tile_rows * tile_rows, least, max_block_rows);
 }
 
-inline ptrdiff_t packed_size(ptrdiff_t k, ptrdiff_t n) {
-  return k * round_up(n, panel_width);
+template <class Inputs>
+inline ptrdiff_t packed_bytes(ptrdiff_t k, ptrdiff_t n) {
+  return steps<Inputs>(k) * round_up(n, panel_width) *
+         static_cast<ptrdiff_t>(sizeof(typename Inputs::b_element));
 }
 
+/// Panels of [step][panel_width] elements; missing columns, and what is missing of the last step,
+/// are zeros.
+template <class Inputs>
 inline void pack_b(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
-                   ptrdiff_t column_stride, float* packed) {
-  for (ptrdiff_t j = 0; j < n; j += panel_width)
-    pack_panel(k, std::min(panel_width, n - j), b + j * column_stride, row_stride, column_stride,
-               packed + j * k);
+                   ptrdiff_t column_stride, void* packed) {
+  auto* out = static_cast<typename Inputs::b_element*>(packed);
+  for (ptrdiff_t n0 = 0; n0 < n; n0 += panel_width)
+    for (ptrdiff_t i = 0; i < k; i += Inputs::step)
+      for (ptrdiff_t j = n0; j < n0 + panel_width; ++j) {
+        const auto at = [&](ptrdiff_t row) {
+          return row < k && j < n ? b[row * row_stride + j * column_stride] : 0.0f;
+        };
+        if constexpr (Inputs::step == 1)
+          *out++ = at(i);
+        else
+          *out++ = Inputs::pair_of(at(i), at(i + 1));
+      }
 }
 
 /// Applies the activation to Rows x panel_width floats that were just stored, all in one loop: its
@@ -75,38 +88,81 @@ HWY_INLINE void finish_tile(const register_tile<Rows>& tile, const gemm_args& ar
   }
 }
 
-inline void gemm(const gemm_args& args) {
-  const ptrdiff_t depth = args.taps * args.k;
-  const ptrdiff_t rows_at_once = block_rows(depth);
+/// Rows of A for the micro-kernel: for each of `taps`, from a[tap * stride] on, pointers to the
+/// `count` steps of a row.
+template <class Inputs>
+struct a_rows {
+  const typename Inputs::a_element* const* a;
+  ptrdiff_t stride, taps, count;
+};
+
+/// Rows m0 to m1 of C.
+template <class Inputs>
+inline void gemm_rows(const gemm_args& args, const a_rows<Inputs>& rows, ptrdiff_t m0,
+                      ptrdiff_t m1) {
   alignas(64) float partial[max_block_rows * panel_width];
   alignas(64) float bias[panel_width];
+  const ptrdiff_t depth = rows.taps * rows.count;
+  for (ptrdiff_t n0 = 0; n0 < args.n; n0 += panel_width) {
+    const ptrdiff_t columns = std::min(panel_width, args.n - n0);
+    const auto* panel = static_cast<const typename Inputs::b_element*>(args.b) + n0 * depth;
+    std::fill_n(bias, panel_width, 0.0f);
+    if (args.bias) std::copy_n(args.bias + n0, columns, bias);
 
-  for (ptrdiff_t m0 = 0; m0 < args.m; m0 += rows_at_once) {
-    const ptrdiff_t m1 = std::min(args.m, m0 + rows_at_once);
-    for (ptrdiff_t n0 = 0; n0 < args.n; n0 += panel_width) {
-      const ptrdiff_t columns = std::min(panel_width, args.n - n0);
-      const float* panel = args.b + n0 * depth;
-      std::fill_n(bias, panel_width, 0.0f);
-      if (args.bias) std::copy_n(args.bias + n0, columns, bias);
-
-      for (ptrdiff_t t = 0; t < args.taps; ++t)
-        for (ptrdiff_t k0 = 0; k0 < args.k; k0 += k_block) {
-          const ptrdiff_t k1 = std::min(args.k, k0 + k_block);
-          const bool first = t == 0 && k0 == 0;
-          const bool last = t == args.taps - 1 && k1 == args.k;
-          const float* piece = panel + (t * args.k + k0) * panel_width;
-          for (ptrdiff_t m = m0; m < m1; m += tile_rows) {
-            const float* const* a = args.a + t * args.m + m;
-            float* spill = partial + (m - m0) * panel_width;
-            with_rows(std::min(tile_rows, m1 - m), [&]<ptrdiff_t Rows>() {
-              register_tile<Rows> tile;
-              first ? tile.load(bias, 0) : tile.load(spill, panel_width);
-              tile.accumulate(k1 - k0, a, k0, piece);
-              last ? finish_tile(tile, args, m, n0, columns) : tile.store(spill, panel_width);
-            });
-          }
+    for (ptrdiff_t t = 0; t < rows.taps; ++t)
+      for (ptrdiff_t k0 = 0; k0 < rows.count; k0 += k_block) {
+        const ptrdiff_t k1 = std::min(rows.count, k0 + k_block);
+        const bool first = t == 0 && k0 == 0;
+        const bool last = t == rows.taps - 1 && k1 == rows.count;
+        const auto* piece = panel + (t * rows.count + k0) * panel_width;
+        for (ptrdiff_t m = m0; m < m1; m += tile_rows) {
+          const auto* const* a = rows.a + t * rows.stride + (m - m0);
+          float* spill = partial + (m - m0) * panel_width;
+          with_rows(std::min(tile_rows, m1 - m), [&]<ptrdiff_t Rows>() {
+            register_tile<Rows> tile;
+            first ? tile.load(bias, 0) : tile.load(spill, panel_width);
+            tile.template accumulate<Inputs>(k1 - k0, a, k0, piece);
+            last ? finish_tile(tile, args, m, n0, columns) : tile.store(spill, panel_width);
+          });
         }
+      }
+  }
+}
+
+inline void gemm_fp32(const gemm_args& args) {
+  const ptrdiff_t depth = args.taps * args.k;
+  const ptrdiff_t rows = block_rows(depth * static_cast<ptrdiff_t>(sizeof(float)), 4 * tile_rows);
+  for (ptrdiff_t m = 0; m < args.m; m += rows)
+    gemm_rows<fp32_inputs>(args, {args.a + m, args.m, args.taps, args.k}, m,
+                           std::min(args.m, m + rows));
+}
+
+/// A is rounded block by block, its taps joined to one row.
+inline void gemm_bf16(const gemm_args& args) {
+  using inputs = bf16_inputs;
+  using element = inputs::a_element;
+  constexpr ptrdiff_t room = 128 * 1024 / static_cast<ptrdiff_t>(sizeof(element));
+  alignas(64) element converted[room];
+  alignas(64) float joined[max_gemm_depth];
+  const element* pointers[max_block_rows];
+  const ptrdiff_t depth = args.taps * args.k;
+  const ptrdiff_t size = steps<inputs>(depth) * inputs::a_per_step;
+  const ptrdiff_t rows =
+      std::clamp<ptrdiff_t>(room / size / tile_rows * tile_rows, 1, max_block_rows);
+  for (ptrdiff_t m = 0; m < args.m; m += rows) {
+    const ptrdiff_t end = std::min(args.m, m + rows);
+    for (ptrdiff_t r = m; r < end; ++r) {
+      const float* from = args.a[r];
+      if (args.taps > 1) {
+        for (ptrdiff_t t = 0; t < args.taps; ++t)
+          std::copy_n(args.a[t * args.m + r], args.k, joined + t * args.k);
+        from = joined;
+      }
+      element* row = converted + (r - m) * size;
+      inputs::convert_row(depth, from, row);
+      pointers[r - m] = row;
     }
+    gemm_rows<inputs>(args, {pointers, 0, 1, steps<inputs>(depth)}, m, end);
   }
 }
 

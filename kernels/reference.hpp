@@ -24,16 +24,44 @@ inline double activate(activation act, double x) {
   return x;
 }
 
-/// args.b is (taps * k, n), row-major.
+/// args.b is (taps * k, n) floats, row-major.
 inline void gemm(const gemm_args& args) {
+  const auto* b = static_cast<const float*>(args.b);
   for (ptrdiff_t i = 0; i < args.m; ++i)
     for (ptrdiff_t j = 0; j < args.n; ++j) {
       double sum = args.bias ? args.bias[j] : 0.0;
       for (ptrdiff_t t = 0; t < args.taps; ++t)
         for (ptrdiff_t k = 0; k < args.k; ++k)
-          sum += double{args.a[t * args.m + i][k]} * args.b[(t * args.k + k) * args.n + j];
+          sum += double{args.a[t * args.m + i][k]} * b[(t * args.k + k) * args.n + j];
       if (args.residual) sum += args.residual[i][j];
       args.c[i][j] = static_cast<float>(activate(args.act, sum));
+    }
+}
+
+/// The nearest bf16 number, ties to even; numbers below 2^-126 are zero.
+inline float round_to_bf16(float x) {
+  if (std::isnan(x) || std::isinf(x)) return x;
+  if (std::abs(x) < std::numeric_limits<float>::min()) return std::copysign(0.0f, x);
+  int exponent = 0;
+  const float fraction = std::frexp(x, &exponent);  // 0.5 <= |fraction| < 1, 8 bits are kept
+  return std::ldexp(std::nearbyint(fraction * 256) / 256, exponent);
+}
+
+/// What the product of matrices is in bf16, bit for bit where there are fused multiply-adds; without
+/// activation and residual. args.b is (taps * k, n) floats, row-major.
+inline void gemm_bf16(const gemm_args& args) {
+  const auto* b = static_cast<const float*>(args.b);
+  const ptrdiff_t depth = args.taps * args.k;
+  for (ptrdiff_t i = 0; i < args.m; ++i)
+    for (ptrdiff_t j = 0; j < args.n; ++j) {
+      const auto add = [&](float sum, ptrdiff_t at) {
+        if (at >= depth) return sum;
+        const float x = args.a[at / args.k * args.m + i][at % args.k];
+        return std::fma(round_to_bf16(x), round_to_bf16(b[at * args.n + j]), sum);
+      };
+      float sum = args.bias ? args.bias[j] : 0.0f;
+      for (ptrdiff_t at = 0; at < depth; at += 2) sum = add(add(sum, at + 1), at);
+      args.c[i][j] = sum;
     }
 }
 

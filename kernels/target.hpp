@@ -5,6 +5,12 @@
 
 #include <cstddef>
 
+// One target for a translation unit, that of its flags. (Highway 1.0.3 otherwise refuses flags that
+// include AVX3_DL, such as those of Sapphire Rapids.)
+#if !defined(HWY_COMPILE_ONLY_STATIC) && !defined(HWY_COMPILE_ONLY_SCALAR) && \
+    !defined(HWY_COMPILE_ONLY_EMU128)
+#define HWY_COMPILE_ONLY_STATIC
+#endif
 #include <hwy/highway.h>
 #include <xsimd/xsimd.hpp>
 

@@ -1,30 +1,17 @@
 /// The micro-kernel that GEMM and attention share: a register tile of sums, an outer product per k.
 #pragma once
 
-#include "target.hpp"
+#include "inputs.hpp"
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
-
-using vector = hn::Vec<float_tag>;
-
-/// Packs up to panel_width columns of a (k, n) matrix, element (i, j) at b[i * row_stride +
-/// j * column_stride], into panel[i][panel_width]; missing columns become zeros.
-inline void pack_panel(ptrdiff_t k, ptrdiff_t columns, const float* b, ptrdiff_t row_stride,
-                       ptrdiff_t column_stride, float* panel) {
-  for (ptrdiff_t i = 0; i < k; ++i) {
-    for (ptrdiff_t j = 0; j < columns; ++j) panel[j] = b[i * row_stride + j * column_stride];
-    for (ptrdiff_t j = columns; j < panel_width; ++j) panel[j] = 0.0f;
-    panel += panel_width;
-  }
-}
 
 /// A tile of Rows x (Vectors * lanes) sums in registers:
 ///
 ///     tile[r][j] = start[r * start_stride + j] + sum over i < k of a[r][i] * panel[i][j]
 ///
-/// `panel` has rows of Vectors * lanes floats and vector alignment. Per step of k it loads Vectors
-/// vectors of B, broadcasts Rows elements of A and issues Rows * Vectors FMAs: compute bound as
-/// long as the panel is in L1.
+/// `panel` has rows of Vectors * lanes elements and vector alignment. Per step along k it loads
+/// Vectors vectors of B, broadcasts Rows elements of A and issues Rows * Vectors FMAs or dot
+/// products: compute bound as long as the panel is in L1.
 template <ptrdiff_t Rows, ptrdiff_t Vectors = tile_vectors>
 class register_tile {
 public:
@@ -45,23 +32,15 @@ public:
       for (ptrdiff_t v = 0; v < Vectors; ++v) sums_[r][v] = hn::Zero(tag_);
   }
 
-  HWY_INLINE void accumulate(ptrdiff_t k, const float* const* a, ptrdiff_t offset,
-                             const float* panel) {
-    const float* row[Rows];
+  /// Adds `count` steps of Inputs along k, from step `first` of the rows of A on.
+  template <class Inputs>
+  HWY_INLINE void accumulate(ptrdiff_t count, const typename Inputs::a_element* const* a,
+                             ptrdiff_t first, const typename Inputs::b_element* panel) {
+    const typename Inputs::a_element* row[Rows];
 #pragma GCC unroll 16
-    for (ptrdiff_t r = 0; r < Rows; ++r) row[r] = a[r] + offset;
+    for (ptrdiff_t r = 0; r < Rows; ++r) row[r] = a[r] + first * Inputs::a_per_step;
 #pragma GCC unroll 2
-    for (ptrdiff_t i = 0; i < k; ++i) {
-      vector b[Vectors];
-#pragma GCC unroll 2
-      for (ptrdiff_t v = 0; v < Vectors; ++v) b[v] = hn::Load(tag_, panel + i * width + v * lanes);
-#pragma GCC unroll 16
-      for (ptrdiff_t r = 0; r < Rows; ++r) {
-        const vector x = hn::Set(tag_, row[r][i]);
-#pragma GCC unroll 2
-        for (ptrdiff_t v = 0; v < Vectors; ++v) sums_[r][v] = hn::MulAdd(x, b[v], sums_[r][v]);
-      }
-    }
+    for (ptrdiff_t i = 0; i < count; ++i) Inputs::multiply_add(row, i, panel + i * width, sums_);
   }
 
   /// tile[r][j] *= factor[r]

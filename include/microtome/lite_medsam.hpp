@@ -14,6 +14,7 @@ namespace microtome {
 
 struct load_options {
   padding windows = padding::exact;
+  precision inputs = precision::fp32;  ///< what the factors of products are rounded to
 };
 
 /// LiteMedSAM (Ma et al., Segment Anything in Medical Images, 2024): an image is encoded once, then
@@ -42,11 +43,13 @@ public:
 
   lite_medsam(const safetensors& file, load_options options)
       : config(lite_medsam_config::from(file)),
-        image_encoder(file, config, options.windows),
-        prompts(file, config),
-        decoder(file, config) {}
+        inputs(options.inputs),
+        image_encoder(weights(file, inputs), config, options.windows),
+        prompts(weights(file, inputs), config),
+        decoder(weights(file, inputs), config) {}
 
   const lite_medsam_config config;
+  const precision inputs;
   const tiny_vit image_encoder;
   const prompt_encoder prompts;
   const mask_decoder decoder;

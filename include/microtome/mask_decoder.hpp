@@ -12,8 +12,8 @@ namespace microtome {
 class token_mlp {
 public:
   /// Reads `<name>.layers.0` to `<name>.layers.<depth - 1>`.
-  token_mlp(const safetensors& file, const std::string& name, index_t in, index_t hidden,
-            index_t out, index_t depth) {
+  token_mlp(const weights& file, const std::string& name, index_t in, index_t hidden, index_t out,
+            index_t depth) {
     for (index_t i = 0; i < depth; ++i)
       layers.emplace_back(file, name + ".layers." + std::to_string(i), i == 0 ? in : hidden,
                           i + 1 == depth ? out : hidden);
@@ -52,7 +52,7 @@ class mask_decoder {
   inline static const std::string name_ = "mask_decoder";
 
 public:
-  mask_decoder(const safetensors& file, const lite_medsam_config& config)
+  mask_decoder(const weights& file, const lite_medsam_config& config)
       : transformer(file, name_ + ".transformer", config),
         upscale1(file, name_ + ".output_upscaling.0", config.embed_dim, config.embed_dim / 4),
         upscale_norm(file, name_ + ".output_upscaling.1", config.embed_dim / 4, 1e-6f),
@@ -148,7 +148,12 @@ public:
 
 private:
   index_t filter() const { return upscale2.out(); }  // channels of the upscaled image
-  index_t panel_floats() const { return kernels::active().packed_size(filter(), mask_tokens_); }
+  /// The filters that make masks are products in fp32: what they sum is the result.
+  static const kernels::matrix_kernels& filters_matrix() { return kernels::active().fp32; }
+  index_t panel_floats() const {
+    return filters_matrix().packed_bytes(filter(), mask_tokens_) /
+           static_cast<index_t>(sizeof(float));
+  }
 
   index_t heads_memory(index_t prompts, index_t dim) const {
     return arena::rounded(prompts * dim) +
@@ -182,8 +187,8 @@ private:
     }
     const view<float> panels = memory.take({s.prompts, panel_floats()});
     for (index_t p = 0; p < s.prompts; ++p)
-      kernels::active().pack_b(filter(), count, filters.data() + p * filter(), 1,
-                               s.prompts * filter(), panels.row(p));
+      filters_matrix().pack_b(filter(), count, filters.data() + p * filter(), 1,
+                              s.prompts * filter(), panels.row(p));
     // Row y of the image tokens becomes rows 4y to 4y + 3 of the masks, all of it in L2.
     ws.parallel(s.prompts * side_, [&](index_t task, scratch local) {
       const index_t p = task / side_;
@@ -212,7 +217,7 @@ private:
       const index_t n = std::min(token_block, pixels - start);
       const row_pointers<const float> a(full + start * filter(), filter(), n);
       const row_pointers<float> c(logits + start * count, count, n);
-      kernels::active().gemm(
+      filters_matrix().gemm(
           {.m = n, .n = count, .k = filter(), .a = a.data(), .b = panel, .c = c.data()});
     }
     for (index_t m = 0; m < count; ++m)

@@ -28,7 +28,7 @@ struct point {
 /// tokens, a mask becomes a dense map that is added to the image embedding.
 class prompt_encoder {
 public:
-  prompt_encoder(const safetensors& file, const lite_medsam_config& config)
+  prompt_encoder(const weights& file, const lite_medsam_config& config)
       : image_size_(static_cast<float>(config.image_size)),
         mask_side_(config.mask_size()),
         gaussian_(file.read(name_ + ".pe_layer.positional_encoding_gaussian_matrix",

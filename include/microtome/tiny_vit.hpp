@@ -15,7 +15,7 @@ namespace microtome {
 /// A TinyViT block: x = x + attention(x); x = local_conv(x); x = x + mlp(x).
 class tiny_vit_block {
 public:
-  tiny_vit_block(const safetensors& file, const std::string& name, map_size size,
+  tiny_vit_block(const weights& file, const std::string& name, map_size size,
                  const stage_config& stage, padding mode)
       : attention(file, name + ".attn", size, stage.dim, stage.heads, stage.window, mode),
         local_conv(file, name + ".local_conv.c", stage.dim, 1),
@@ -45,7 +45,7 @@ private:
 class tiny_vit_stage {
 public:
   /// `next_dim` is the next stage's dim, 0 for the last stage, which does not merge.
-  tiny_vit_stage(const safetensors& file, const std::string& name, map_size size,
+  tiny_vit_stage(const weights& file, const std::string& name, map_size size,
                  const stage_config& stage, index_t next_dim, padding mode)
       : name_(name), size_(size), dim_(stage.dim) {
     for (index_t i = 0; i < stage.depth; ++i) {
@@ -121,9 +121,9 @@ class tiny_vit {
   inline static const std::string name_ = "image_encoder";
 
 public:
-  tiny_vit(const safetensors& file, const lite_medsam_config& config, padding mode)
-      : embed_hidden(linear::pointwise(file, name_ + ".patch_embed.seq.0.c", config.pixel_channels,
-                                       config.stages[0].dim / 2)),
+  tiny_vit(const weights& file, const lite_medsam_config& config, padding mode)
+      : embed_hidden(linear::pointwise(file.with(precision::fp32), name_ + ".patch_embed.seq.0.c",
+                                       config.pixel_channels, config.stages[0].dim / 2)),
         embed(linear::pointwise(file, name_ + ".patch_embed.seq.2.c", config.stages[0].dim / 2,
                                 config.stages[0].dim)),
         image_{config.image_size, config.image_size} {
@@ -169,7 +169,7 @@ public:
 
   static constexpr float norm2d_epsilon = 1e-6f;  // SAM's LayerNorm2d
 
-  linear embed_hidden;
+  linear embed_hidden;  // always fp32: bf16 would lose part of the pixels' 8 bits
   linear embed;
   std::vector<tiny_vit_stage> stages;
   linear neck_project;

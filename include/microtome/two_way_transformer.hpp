@@ -18,12 +18,13 @@ public:
   cross_attention() = default;
 
   /// Reads `<name>.q_proj`, `.k_proj`, `.v_proj` (dim to inner) and `.out_proj` (inner to dim).
-  cross_attention(const safetensors& file, const std::string& name, index_t dim, index_t inner,
+  cross_attention(const weights& file, const std::string& name, index_t dim, index_t inner,
                   index_t heads)
       : q_proj(file, name + ".q_proj", dim, inner),
         k_proj(file, name + ".k_proj", dim, inner),
         v_proj(file, name + ".v_proj", dim, inner),
         out_proj(file, name + ".out_proj", inner, dim),
+        matrix_(&kernels::active().matrix(file.inputs())),
         heads_(heads) {}
 
   index_t heads() const { return heads_; }
@@ -38,23 +39,22 @@ public:
     const auto rows = [&](auto* first, index_t count) {
       return spread_rows(memory, first + offset, inner(), count);
     };
-    kernels::active().attention(
-        {.n_q = n_q,
-         .n_k = n_k,
-         .d_k = dim,
-         .d_v = dim,
-         .q = rows(q, n_q),
-         .k = rows(k, n_k),
-         .v = rows(v, n_k),
-         .out = rows(out, n_q),
-         .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
-         .scratch = memory.take<float>(kernels::active().attention_scratch(n_k, dim, dim))});
+    matrix_->attention({.n_q = n_q,
+                        .n_k = n_k,
+                        .d_k = dim,
+                        .d_v = dim,
+                        .q = rows(q, n_q),
+                        .k = rows(k, n_k),
+                        .v = rows(v, n_k),
+                        .out = rows(out, n_q),
+                        .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
+                        .scratch = memory.take<float>(matrix_->attention_scratch(n_k, dim, dim))});
   }
 
   std::size_t scratch_bytes(index_t n_q, index_t n_k) const {
     const index_t dim = inner() / heads_;
     return 2 * scratch::bytes_of<float*>(n_q) + 2 * scratch::bytes_of<float*>(n_k) +
-           scratch::bytes_of<float>(kernels::active().attention_scratch(n_k, dim, dim));
+           scratch::bytes_of<float>(matrix_->attention_scratch(n_k, dim, dim));
   }
 
   /// `count` pointers to rows of `stride` floats, in scratch memory.
@@ -68,6 +68,7 @@ public:
   linear q_proj, k_proj, v_proj, out_proj;
 
 private:
+  const kernels::matrix_kernels* matrix_ = nullptr;
   index_t heads_ = 0;
 };
 
@@ -101,7 +102,8 @@ struct two_way_state {
 
 /// One projection of an attention, head by head, as matrices of their own. With few tokens and many
 /// pixels it is cheaper to multiply the tokens with them than to project the pixels:
-/// (q W_q) (x W_k)^T = (q W_q W_k^T) x^T, and sum_j p_j (x_j W_v) = (sum_j p_j x_j) W_v.
+/// (q W_q) (x W_k)^T = (q W_q W_k^T) x^T, and sum_j p_j (x_j W_v) = (sum_j p_j x_j) W_v. Tokens are
+/// few, so that their products are always in fp32.
 class head_projections {
 public:
   head_projections() = default;
@@ -129,13 +131,12 @@ public:
       const index_t n = std::min(token_block, count - row);
       const row_pointers<const float> a(x + row * x_stride, x_stride, n);
       const row_pointers<float> c(result + row * result_stride, result_stride, n);
-      kernels::active().gemm({.m = n,
-                              .n = weight.width(),
-                              .k = weight.depth(),
-                              .a = a.data(),
-                              .b = weight.columns_from(0),
-                              .c = c.data(),
-                              .bias = bias});
+      weight.multiply({.m = n,
+                       .n = weight.width(),
+                       .k = weight.depth(),
+                       .a = a.data(),
+                       .c = c.data(),
+                       .bias = bias});
     }
   }
 
@@ -143,7 +144,8 @@ private:
   head_projections(index_t heads, index_t k, index_t n, const float* weight, index_t head_stride,
                    index_t row_stride, index_t column_stride) {
     for (index_t head = 0; head < heads; ++head)
-      weights_.emplace_back(k, n, weight + head * head_stride, row_stride, column_stride);
+      weights_.emplace_back(precision::fp32, k, n, weight + head * head_stride, row_stride,
+                            column_stride);
   }
 
   std::vector<packed_weight> weights_;
@@ -153,8 +155,8 @@ private:
 /// all prompts see one image: its keys and values are in shared_image.
 class shared_image_attention {
 public:
-  shared_image_attention(const safetensors& file, const std::string& name, index_t dim,
-                         index_t inner, index_t heads)
+  shared_image_attention(const weights& file, const std::string& name, index_t dim, index_t inner,
+                         index_t heads)
       : attention_(file, name, dim, inner, heads) {}
 
   /// Serial: k and v of `count` pixels.
@@ -199,9 +201,10 @@ private:
 class token_to_image_attention {
 public:
   token_to_image_attention() = default;
-  token_to_image_attention(const safetensors& file, const std::string& name, index_t dim,
-                           index_t inner, index_t heads)
+  token_to_image_attention(const weights& file, const std::string& name, index_t dim, index_t inner,
+                           index_t heads)
       : heads_(heads),
+        matrix_(&kernels::active().matrix(file.inputs())),
         q_proj_(file, name + ".q_proj", dim, inner),
         fold_keys_(
             head_projections::through(file.read(name + ".k_proj.weight", {inner, dim}), heads)),
@@ -244,7 +247,7 @@ public:
   std::size_t scratch_bytes(index_t, index_t tokens, index_t, index_t dim) const {
     return scratch::bytes_of<float>(chunk * dim) + 2 * scratch::bytes_of<float*>(chunk) +
            2 * scratch::bytes_of<float*>(tokens * heads_) +
-           scratch::bytes_of<float>(kernels::active().attention_scratch(chunk, dim, dim));
+           scratch::bytes_of<float>(matrix_->attention_scratch(chunk, dim, dim));
   }
 
 private:
@@ -290,7 +293,7 @@ private:
     const auto spread = [&]<class T>(T* first, index_t n) {
       return cross_attention::spread_rows(memory, first, s.dim(), n);
     };
-    kernels::active().attention(
+    matrix_->attention(
         {.n_q = rows,
          .n_k = count,
          .d_k = s.dim(),
@@ -300,12 +303,12 @@ private:
          .v = spread(tokens, count),
          .out = spread(out, rows),
          .scale = 1.0f / std::sqrt(static_cast<float>(q_proj_.out() / heads_)),
-         .scratch =
-             memory.take<float>(kernels::active().attention_scratch(chunk, s.dim(), s.dim())),
+         .scratch = memory.take<float>(matrix_->attention_scratch(chunk, s.dim(), s.dim())),
          .lse = lse});
   }
 
   index_t heads_ = 0;
+  const kernels::matrix_kernels* matrix_ = nullptr;
   linear q_proj_;
   head_projections fold_keys_, project_values_;
   tensor<float> value_bias_;
@@ -321,10 +324,10 @@ public:
   image_to_token_attention() = default;
 
   /// In the first layer the pixels' queries come from shared_image.
-  image_to_token_attention(const safetensors& file, const std::string& name,
-                           const std::string& norm, index_t dim, index_t inner, index_t heads,
-                           bool first)
+  image_to_token_attention(const weights& file, const std::string& name, const std::string& norm,
+                           index_t dim, index_t inner, index_t heads, bool first)
       : heads_(heads),
+        matrix_(&kernels::active().matrix(file.inputs())),
         k_proj_(file, name + ".k_proj", dim, inner),
         v_proj_(file, name + ".v_proj", dim, inner),
         fold_values_(
@@ -353,20 +356,19 @@ public:
     const view<float> v = memory.take({n, inner()});
     k_proj_(ws, positioned, k);
     v_proj_(ws, s.queries, v);
-    const kernels::table& kernel = kernels::active();
     const index_t scores = s.tokens * heads_, depth = q_proj_ ? inner() : s.dim();
-    const view<float> into = memory.take({s.prompts, kernel.packed_size(depth, scores)});
-    const view<float> out_of = memory.take({s.prompts, kernel.packed_size(scores, s.dim())});
+    const view<float> into = memory.take({s.prompts, packed_floats(depth, scores)});
+    const view<float> out_of = memory.take({s.prompts, packed_floats(scores, s.dim())});
     const view<float> bias = memory.take({s.prompts, scores});
     const view<float> rows = memory.take({s.prompts, scores, std::max(depth, s.dim())});
     ws.parallel(s.prompts, [&](index_t prompt, scratch) {
       const index_t token = prompt * s.tokens;
       fold_keys(s.tokens, depth, k.row(token), rows.row(prompt), bias.row(prompt));
-      kernel.pack_b(depth, scores, rows.row(prompt), 1, depth, into.row(prompt));
+      matrix_->pack_b(depth, scores, rows.row(prompt), 1, depth, into.row(prompt));
       for (index_t head = 0; head < heads_; ++head)
         fold_values_(head, s.tokens, v.row(token) + head * features(), inner(),
                      rows.row(prompt) + head * s.dim(), heads_ * s.dim());
-      kernel.pack_b(scores, s.dim(), rows.row(prompt), s.dim(), 1, out_of.row(prompt));
+      matrix_->pack_b(scores, s.dim(), rows.row(prompt), s.dim(), 1, out_of.row(prompt));
     });
 
     const index_t blocks = block_count(s.pixels());
@@ -378,13 +380,11 @@ public:
   }
 
   index_t memory(index_t prompts, index_t tokens, index_t dim) const {
-    const kernels::table& kernel = kernels::active();
     const index_t n = prompts * tokens;
     const index_t scores = tokens * heads_, depth = q_proj_ ? inner() : dim;
     return arena::rounded(n * dim) + 2 * arena::rounded(n * inner()) +
-           arena::rounded(prompts * kernel.packed_size(depth, scores)) +
-           arena::rounded(prompts * kernel.packed_size(scores, dim)) +
-           arena::rounded(prompts * scores) +
+           arena::rounded(prompts * packed_floats(depth, scores)) +
+           arena::rounded(prompts * packed_floats(scores, dim)) + arena::rounded(prompts * scores) +
            arena::rounded(prompts * scores * std::max(depth, dim));
   }
   std::size_t scratch_bytes(index_t tokens, index_t dim) const {
@@ -395,6 +395,9 @@ public:
 private:
   index_t inner() const { return k_proj_.out(); }
   index_t features() const { return inner() / heads_; }
+  index_t packed_floats(index_t k, index_t n) const {
+    return (matrix_->packed_bytes(k, n) + 3) / static_cast<index_t>(sizeof(float));
+  }
 
   /// What a pixel's query is multiplied with, row (token, head) of `depth` floats, and a bias.
   void fold_keys(index_t tokens, index_t depth, float* k, float* rows, float* bias) const {
@@ -430,28 +433,29 @@ private:
     const index_t depth = q_proj_ ? inner() : s.dim();
     const row_pointers<const float> in(q_proj_ ? s.image->q.row(pixel) : positioned, depth, count);
     const row_pointers<float> score_rows(attended, scores, count);
-    kernel.gemm({.m = count,
-                 .n = scores,
-                 .k = depth,
-                 .a = in.data(),
-                 .b = into,
-                 .c = score_rows.data(),
-                 .bias = bias});
+    matrix_->gemm({.m = count,
+                   .n = scores,
+                   .k = depth,
+                   .a = in.data(),
+                   .b = into,
+                   .c = score_rows.data(),
+                   .bias = bias});
     kernel.softmax_columns(count, s.tokens, heads_, attended);
     const row_pointers<const float> residual(tokens, s.dim(), count);
     const row_pointers<float> out(keys, s.dim(), count);
-    kernel.gemm({.m = count,
-                 .n = s.dim(),
-                 .k = scores,
-                 .a = score_rows.data(),
-                 .b = out_of,
-                 .c = out.data(),
-                 .bias = out_bias_.data(),
-                 .residual = residual.data()});
+    matrix_->gemm({.m = count,
+                   .n = s.dim(),
+                   .k = scores,
+                   .a = score_rows.data(),
+                   .b = out_of,
+                   .c = out.data(),
+                   .bias = out_bias_.data(),
+                   .residual = residual.data()});
     norm_.rows(count, out.data(), out.data());
   }
 
   index_t heads_ = 0;
+  const kernels::matrix_kernels* matrix_ = nullptr;
   std::optional<linear> q_proj_;  // first layer only, which has no use for the next two
   head_projections fold_keys_;
   tensor<float> query_bias_;
@@ -467,7 +471,7 @@ class two_way_layer {
 public:
   /// The first layer has no position encoding and no residual in its self-attention: its queries
   /// are their own position encoding.
-  two_way_layer(const safetensors& file, const std::string& name, const lite_medsam_config& config,
+  two_way_layer(const weights& file, const std::string& name, const lite_medsam_config& config,
                 bool first)
       : first_(first) {
     const index_t dim = config.embed_dim;
@@ -557,7 +561,7 @@ private:
 /// SAM's two-way transformer: its layers, then a last look of the tokens at the image.
 class two_way_transformer {
 public:
-  two_way_transformer(const safetensors& file, const std::string& name,
+  two_way_transformer(const weights& file, const std::string& name,
                       const lite_medsam_config& config) {
     for (index_t i = 0; i < config.decoder.depth; ++i)
       layers.emplace_back(file, name + ".layers." + std::to_string(i), config, i == 0);

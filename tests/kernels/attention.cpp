@@ -10,8 +10,9 @@ namespace microtome::tests {
 namespace {
 
 double attention_error(index_t n_q, index_t n_k, index_t d_k, index_t d_v, bool with_bias,
-                       float spread) {
+                       float spread, kernels::precision inputs = kernels::precision::fp32) {
   const kernels::table& kernel = kernels::active();
+  const kernels::matrix_kernels& matrix = kernel.matrix(inputs);
   const index_t stride = 3 * d_k + d_v;  // as q, k and v lie side by side in a row of qkv
   const tensor<float> q = random_tensor({n_q, stride}, 1, spread);
   const tensor<float> k = random_tensor({n_k, stride}, 2, spread);
@@ -21,7 +22,7 @@ double attention_error(index_t n_q, index_t n_k, index_t d_k, index_t d_v, bool 
   for (index_t i = 0; i < n_q; ++i)
     for (index_t j = n_k; j < columns; ++j)
       bias[i * columns + j] = -std::numeric_limits<float>::infinity();
-  tensor<float> scratch(shape{kernel.attention_scratch(n_k, d_k, d_v)});
+  tensor<float> scratch(shape{matrix.attention_scratch(n_k, d_k, d_v)});
   tensor<float> fast(shape{n_q, d_v}), slow(shape{n_q, d_v});
   tensor<float> fast_lse(shape{n_q}), slow_lse(shape{n_q});
   const auto run = [&](auto&& function, tensor<float>& out, tensor<float>& lse) {
@@ -43,7 +44,7 @@ double attention_error(index_t n_q, index_t n_k, index_t d_k, index_t d_v, bool 
                                      .scratch = scratch.data(),
                                      .lse = lse.data()});
   };
-  run(kernel.attention, fast, fast_lse);
+  run(matrix.attention, fast, fast_lse);
   run(kernels::reference::attention, slow, slow_lse);
   return std::max(max_error(fast, slow), max_error(fast_lse, slow_lse));
 }
@@ -59,6 +60,7 @@ TEST_CASE("attention equals the scalar reference") {
           CAPTURE(n_k);
           CAPTURE(d);
           CHECK(attention_error(n_q, n_k, d, d, bias, 1.0f) < 1e-5);
+          CHECK(attention_error(n_q, n_k, d, d, bias, 1.0f, kernels::precision::bf16) < 0.03);
         }
 }
 

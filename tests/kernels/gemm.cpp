@@ -7,6 +7,12 @@ namespace microtome::tests {
 
 namespace {
 
+/// Whether the target multiplies and adds with one rounding, as the definition of bf16 has it.
+bool has_fma() {
+  const std::string name = kernels::active().name;
+  return name != "sse4" && name != "ssse3" && name != "portable";
+}
+
 struct gemm_case {
   index_t m, n, k, taps = 1;
   bool bias = true, residual = false;
@@ -30,10 +36,8 @@ void check(const gemm_case& g) {
   std::shuffle(a_rows.begin(), a_rows.end(), std::mt19937(5));
   const auto residual_rows = row_pointers_of(residual.data(), g.m, c_stride);
 
-  tensor<float> packed(shape{kernel.packed_size(depth, g.n)});
-  kernel.pack_b(depth, g.n, b.data(), g.n, 1, packed.data());
-  tensor<float> fast(shape{g.m, c_stride}), slow(shape{g.m, c_stride});
-  const auto run = [&](auto&& function, const float* weights, tensor<float>& c) {
+  tensor<float> slow(shape{g.m, c_stride});
+  const auto run = [&](auto&& function, const void* weights, tensor<float>& c) {
     const auto c_rows = row_pointers_of(c.data(), g.m, c_stride);
     function(kernels::gemm_args{.m = g.m,
                                 .n = g.n,
@@ -46,10 +50,22 @@ void check(const gemm_case& g) {
                                 .residual = g.residual ? residual_rows.data() : nullptr,
                                 .act = g.act});
   };
-  run(kernel.gemm, packed.data(), fast);
+  const auto run_packed = [&](const kernels::matrix_kernels& matrix) {
+    tensor<std::byte> packed(shape{matrix.packed_bytes(depth, g.n)});
+    matrix.pack_b(depth, g.n, b.data(), g.n, 1, packed.data());
+    tensor<float> fast(slow.extents());
+    run(matrix.gemm, packed.data(), fast);
+    return fast;
+  };
   run(kernels::reference::gemm, b.data(), slow);
   // Partial sums grow with the root of k, and so does the rounding of each of the k additions.
-  CHECK(max_error(fast, slow) <= 1.5e-7 * static_cast<double>(depth) + 3e-6);
+  CHECK(max_error(run_packed(kernel.fp32), slow) <= 1.5e-7 * static_cast<double>(depth) + 3e-6);
+  // bf16 is off by 2^-9 at most in each factor.
+  const tensor<float> rounded = run_packed(kernel.bf16);
+  CHECK(max_error(rounded, slow) <= 0.02 * std::sqrt(static_cast<double>(depth)) + 0.02);
+  if (g.residual || g.act != kernels::activation::none || !has_fma()) return;
+  run(kernels::reference::gemm_bf16, b.data(), slow);
+  CHECK(max_error(rounded, slow) == 0);
 }
 
 }  // namespace
@@ -82,16 +98,23 @@ TEST_CASE("gemm applies bias, residual and activation") {
 }
 
 TEST_CASE("gemm gives the same bits for a row wherever it stands") {
-  const kernels::table& kernel = kernels::active();
+  kernels::precision inputs{};
+  SUBCASE("fp32") {
+    inputs = kernels::precision::fp32;
+  }
+  SUBCASE("bf16") {
+    inputs = kernels::precision::bf16;
+  }
   const index_t m = 53, n = 41, k = 300;
   const tensor<float> a = random_tensor({m, k}, 1);
   const tensor<float> b = random_tensor({k, n}, 2);
-  tensor<float> packed(shape{kernel.packed_size(k, n)});
-  kernel.pack_b(k, n, b.data(), n, 1, packed.data());
+  const kernels::matrix_kernels& matrix = kernels::active().matrix(inputs);
+  tensor<std::byte> packed(shape{matrix.packed_bytes(k, n)});
+  matrix.pack_b(k, n, b.data(), n, 1, packed.data());
   const auto run = [&](index_t first, index_t count, tensor<float>& c) {
     const auto a_rows = row_pointers_of(a.row(first), count, k);
     const auto c_rows = row_pointers_of(c.row(first), count, n);
-    kernel.gemm(
+    matrix.gemm(
         {.m = count, .n = n, .k = k, .a = a_rows.data(), .b = packed.data(), .c = c_rows.data()});
   };
   tensor<float> whole(shape{m, n}), parts(shape{m, n});
@@ -101,16 +124,40 @@ TEST_CASE("gemm gives the same bits for a row wherever it stands") {
 }
 
 TEST_CASE("pack_b takes a transposed matrix") {
-  const kernels::table& kernel = kernels::active();
-  const index_t n = 21, k = 10;
+  const index_t n = 21, k = 11;
   const tensor<float> b = random_tensor({k, n}, 2);
   tensor<float> transposed(shape{n, k});
   for (index_t i = 0; i < k; ++i)
     for (index_t j = 0; j < n; ++j) transposed[j * k + i] = b[i * n + j];
-  tensor<float> one(shape{kernel.packed_size(k, n)}), other(one.extents());
-  kernel.pack_b(k, n, b.data(), n, 1, one.data());
-  kernel.pack_b(k, n, transposed.data(), 1, k, other.data());
-  CHECK(std::equal(one.begin(), one.end(), other.begin()));
+  for (const auto inputs : {kernels::precision::fp32, kernels::precision::bf16}) {
+    const kernels::matrix_kernels& matrix = kernels::active().matrix(inputs);
+    tensor<std::byte> one(shape{matrix.packed_bytes(k, n)}), other(one.extents());
+    matrix.pack_b(k, n, b.data(), n, 1, one.data());
+    matrix.pack_b(k, n, transposed.data(), 1, k, other.data());
+    CHECK(std::equal(one.begin(), one.end(), other.begin()));
+  }
+}
+
+TEST_CASE("bf16 rounds to even, keeps signs, infinities and what is not a number") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> x = {0.0f,    -0.0f,         1.0f,     1.00390625f, 1.01171875f,
+                                -1.005f, 3.0e38f,       -3.4e38f, infinity,    -infinity,
+                                1e-38f,  -1.17549e-38f, 1.2e-38f, 65504.0f,    0.1f};
+  const index_t count = static_cast<index_t>(x.size());
+  const kernels::matrix_kernels& matrix = kernels::active().bf16;
+  const float one = 1.0f, beyond = NAN;
+  tensor<std::byte> packed(shape{matrix.packed_bytes(1, 1)});
+  matrix.pack_b(1, 1, &one, 1, 1, packed.data());
+  tensor<float> out(shape{count + 1});
+  auto a = row_pointers_of(x.data(), count, 1);
+  a.push_back(&beyond);
+  const auto c = row_pointers_of(out.data(), count + 1, 1);
+  matrix.gemm({.m = count + 1, .n = 1, .k = 1, .a = a.data(), .b = packed.data(), .c = c.data()});
+  for (index_t i = 0; i < count; ++i) {
+    CAPTURE(x[static_cast<std::size_t>(i)]);
+    CHECK(out[i] == kernels::reference::round_to_bf16(x[static_cast<std::size_t>(i)]));
+  }
+  CHECK(std::isnan(out[count]));
 }
 
 }  // namespace microtome::tests

@@ -57,6 +57,30 @@ TEST_CASE("every module of the encoder equals PyTorch's") {
   CHECK(max_error(s.embedding(), embedding) < 2e-5);
 }
 
+TEST_CASE("bf16 stays near PyTorch's fp32, whatever the number of threads") {
+  const tiny t;
+  const lite_medsam rounded =
+      lite_medsam::load(data_file("tiny.safetensors"), {.inputs = precision::bf16});
+  const tensor<float> expected = channels_last(read_floats(t.golden, "image_embedding"));
+  session one(rounded, {.threads = 1}), two(rounded, {.threads = 2});
+  one.encode(t.image);
+  two.encode(t.image);
+  const double error = max_error(one.embedding(), expected) / deviation(expected);
+  CHECK(error < 0.1);
+  CHECK(error > 1e-4);  // or it would not be bf16
+  CHECK(std::equal(one.embedding().begin(), one.embedding().end(), two.embedding().begin()));
+
+  session exact(t.model, {.threads = 1});
+  exact.encode(t.image);
+  const std::vector<box> boxes = prompt_boxes(t.golden);
+  const decoded_masks masks = two.decode(boxes), in_full = exact.decode(boxes);
+  CHECK(max_error(masks.low_res_masks, in_full.low_res_masks) / deviation(in_full.low_res_masks) <
+        0.15);
+  const decoded_masks alone = one.decode(boxes);
+  CHECK(std::equal(masks.low_res_masks.begin(), masks.low_res_masks.end(),
+                   alone.low_res_masks.begin()));
+}
+
 TEST_CASE("tracing changes nothing") {
   const tiny t;
   session plain(t.model, {.threads = 1}), traced(t.model, {.threads = 1});

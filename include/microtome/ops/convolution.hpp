@@ -10,7 +10,7 @@ namespace microtome {
 namespace detail {
 
 /// Packs the weight (out, in, h, w) of a convolution for a GEMM over h * w taps of `in` channels.
-inline packed_weight pack_taps(const tensor<float>& weight) {
+inline packed_weight pack_taps(precision inputs, const tensor<float>& weight) {
   const index_t out = weight.extent(0), in = weight.extent(1);
   const index_t taps = weight.extent(2) * weight.extent(3);
   tensor<float> taps_first(shape{taps, in, out});
@@ -18,7 +18,7 @@ inline packed_weight pack_taps(const tensor<float>& weight) {
     for (index_t i = 0; i < in; ++i)
       for (index_t tap = 0; tap < taps; ++tap)
         taps_first[(tap * in + i) * out + o] = weight[(o * in + i) * taps + tap];
-  return packed_weight(taps * in, out, taps_first.data(), out, 1);
+  return packed_weight(inputs, taps * in, out, taps_first.data(), out, 1);
 }
 
 }  // namespace detail
@@ -30,9 +30,9 @@ public:
   convolution3x3() = default;
 
   /// Reads `<name>.weight` (out, in, 3, 3).
-  convolution3x3(const safetensors& file, const std::string& name, index_t in, index_t out)
+  convolution3x3(const weights& file, const std::string& name, index_t in, index_t out)
       : in_(in), zeros_(shape{in}) {
-    weight_ = detail::pack_taps(file.read(name + ".weight", {out, in, 3, 3}));
+    weight_ = detail::pack_taps(file.inputs(), file.read(name + ".weight", {out, in, 3, 3}));
   }
 
   index_t out() const { return weight_.width(); }
@@ -53,13 +53,8 @@ public:
               inside ? x.row(y * size.width + column) : zeros_.data();
         }
       const row_pointers<float> c(result.row(start), out(), count);
-      kernels::active().gemm({.m = count,
-                              .n = out(),
-                              .k = in_,
-                              .taps = 9,
-                              .a = taps.data(),
-                              .b = weight_.columns_from(0),
-                              .c = c.data()});
+      weight_.multiply(
+          {.m = count, .n = out(), .k = in_, .taps = 9, .a = taps.data(), .c = c.data()});
     });
   }
 
@@ -75,9 +70,9 @@ public:
   convolution2x2() = default;
 
   /// Reads `<name>.weight` (out, in, 2, 2) and `<name>.bias` (out).
-  convolution2x2(const safetensors& file, const std::string& name, index_t in, index_t out)
+  convolution2x2(const weights& file, const std::string& name, index_t in, index_t out)
       : in_(in), bias_(file.read(name + ".bias", {out})) {
-    weight_ = detail::pack_taps(file.read(name + ".weight", {out, in, 2, 2}));
+    weight_ = detail::pack_taps(file.inputs(), file.read(name + ".weight", {out, in, 2, 2}));
   }
 
   index_t out() const { return weight_.width(); }
@@ -96,14 +91,13 @@ public:
           taps[static_cast<std::size_t>(tap * count + i)] = x.row(y * size.width + column);
         }
       const row_pointers<float> c(result.row(start), out(), count);
-      kernels::active().gemm({.m = count,
-                              .n = out(),
-                              .k = in_,
-                              .taps = 4,
-                              .a = taps.data(),
-                              .b = weight_.columns_from(0),
-                              .c = c.data(),
-                              .bias = bias_.data()});
+      weight_.multiply({.m = count,
+                        .n = out(),
+                        .k = in_,
+                        .taps = 4,
+                        .a = taps.data(),
+                        .c = c.data(),
+                        .bias = bias_.data()});
     });
   }
 
@@ -122,8 +116,7 @@ public:
   transposed_convolution2x2() = default;
 
   /// Reads `<name>.weight` (in, out, 2, 2) and `<name>.bias` (out).
-  transposed_convolution2x2(const safetensors& file, const std::string& name, index_t in,
-                            index_t out)
+  transposed_convolution2x2(const weights& file, const std::string& name, index_t in, index_t out)
       : out_(out), bias_(shape{2 * out}) {
     const tensor<float> read = file.read(name + ".weight", {in, out, 2, 2});
     const tensor<float> bias = file.read(name + ".bias", {out});
@@ -133,7 +126,8 @@ public:
         for (index_t dx = 0; dx < 2; ++dx)
           for (index_t o = 0; o < out; ++o)
             pair[i * 2 * out + dx * out + o] = read[((i * out + o) * 2 + dy) * 2 + dx];
-      weight_[static_cast<std::size_t>(dy)] = packed_weight(in, 2 * out, pair.data(), 2 * out, 1);
+      weight_[static_cast<std::size_t>(dy)] =
+          packed_weight(file.inputs(), in, 2 * out, pair.data(), 2 * out, 1);
     }
     for (index_t o = 0; o < out; ++o) bias_[o] = bias_[out + o] = bias[o];
   }
@@ -149,14 +143,13 @@ public:
       const row_pointers<const float> a(x + start * in(), in(), n);
       for (std::size_t dy = 0; dy < 2; ++dy) {
         const row_pointers<float> c((dy ? lower : upper) + start * 2 * out_, 2 * out_, n);
-        kernels::active().gemm({.m = n,
-                                .n = 2 * out_,
-                                .k = in(),
-                                .a = a.data(),
-                                .b = weight_[dy].columns_from(0),
-                                .c = c.data(),
-                                .bias = bias_.data(),
-                                .act = act});
+        weight_[dy].multiply({.m = n,
+                              .n = 2 * out_,
+                              .k = in(),
+                              .a = a.data(),
+                              .c = c.data(),
+                              .bias = bias_.data(),
+                              .act = act});
       }
     }
   }

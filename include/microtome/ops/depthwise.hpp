@@ -24,7 +24,7 @@ public:
   depthwise3x3() = default;
 
   /// Reads `<name>.weight` (channels, 1, 3, 3) and `<name>.bias` (channels).
-  depthwise3x3(const safetensors& file, const std::string& name, index_t channels, index_t stride)
+  depthwise3x3(const weights& file, const std::string& name, index_t channels, index_t stride)
       : stride_(stride),
         weights_(shape{9, channels}),
         bias_(file.read(name + ".bias", {channels})) {

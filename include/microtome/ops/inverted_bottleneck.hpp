@@ -21,7 +21,7 @@ public:
 
   /// Reads `<name>.conv1.c`, `<name>.conv2.c` and `<name>.conv3.c` (BatchNorm folded). With
   /// `shortcut` the input is added to the output, and the sum goes through GELU.
-  inverted_bottleneck(const safetensors& file, const std::string& name, index_t in, index_t hidden,
+  inverted_bottleneck(const weights& file, const std::string& name, index_t in, index_t hidden,
                       index_t out, index_t stride, bool shortcut)
       : name_(name),
         expand_(linear::pointwise(file, name + ".conv1.c", in, hidden)),

@@ -12,8 +12,7 @@ public:
   layer_norm() = default;
 
   /// Reads `<name>.weight` and `<name>.bias`, both (channels).
-  layer_norm(const safetensors& file, const std::string& name, index_t channels,
-             float epsilon = 1e-5f)
+  layer_norm(const weights& file, const std::string& name, index_t channels, float epsilon = 1e-5f)
       : gamma_(file.read(name + ".weight", {channels})),
         beta_(file.read(name + ".bias", {channels})),
         epsilon_(epsilon) {}

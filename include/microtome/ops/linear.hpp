@@ -4,8 +4,7 @@
 #include <array>
 #include <string>
 
-#include <kernels/table.hpp>
-#include <microtome/safetensors.hpp>
+#include <microtome/weights.hpp>
 #include <microtome/workspace.hpp>
 
 namespace microtome {
@@ -29,25 +28,37 @@ struct row_pointers : std::array<T*, token_block> {
   }
 };
 
-/// A weight matrix in the kernels' order: out = act(in * weight^T + bias + residual).
+/// A weight matrix in the kernels' order: the B of out = act(in * B + bias + residual).
 class packed_weight {
 public:
   packed_weight() = default;
   /// Packs B (k, n), element (i, j) at b[i * row_stride + j * column_stride].
-  packed_weight(index_t k, index_t n, const float* b, index_t row_stride, index_t column_stride)
-      : depth_(k), width_(n), packed_(shape{kernels::active().packed_size(k, n)}) {
-    kernels::active().pack_b(k, n, b, row_stride, column_stride, packed_.data());
+  packed_weight(precision inputs, index_t k, index_t n, const float* b, index_t row_stride,
+                index_t column_stride)
+      : matrix_(&kernels::active().matrix(inputs)),
+        depth_(k),
+        width_(n),
+        packed_(shape{matrix_->packed_bytes(k, n)}) {
+    if (k > kernels::max_gemm_depth)
+      fail("a layer of ", k, " inputs, at most ", kernels::max_gemm_depth, " are possible");
+    matrix_->pack_b(k, n, b, row_stride, column_stride, packed_.data());
   }
 
   index_t depth() const { return depth_; }  ///< k, over all taps
   index_t width() const { return width_; }  ///< n
-  /// The packed columns from `column` on, which must be a multiple of the kernels' panel width.
-  const float* columns_from(index_t column) const { return packed_.data() + column * depth_; }
+
+  /// Serial: kernels::gemm with args.b the columns from `column` on, which must be a multiple of
+  /// the kernels' panel width.
+  void multiply(kernels::gemm_args args, index_t column = 0) const {
+    args.b = packed_.data() + matrix_->packed_bytes(depth_, column);
+    matrix_->gemm(args);
+  }
 
 private:
+  const kernels::matrix_kernels* matrix_ = nullptr;
   index_t depth_ = 0;
   index_t width_ = 0;
-  tensor<float> packed_;
+  tensor<std::byte> packed_;
 };
 
 /// out = act(x W^T + b + residual): a fully connected layer over tokens, and so a 1x1 convolution.
@@ -57,11 +68,11 @@ public:
 
   /// Reads `<name>.weight` (out, in), and `<name>.bias` (out) unless `with_bias` is false.
   /// A 1x1 convolution's weight (out, in, 1, 1) is the same matrix: see `pointwise`.
-  linear(const safetensors& file, const std::string& name, index_t in, index_t out,
+  linear(const weights& file, const std::string& name, index_t in, index_t out,
          bool with_bias = true)
       : linear(file, name, shape{out, in}, with_bias) {}
 
-  static linear pointwise(const safetensors& file, const std::string& name, index_t in, index_t out,
+  static linear pointwise(const weights& file, const std::string& name, index_t in, index_t out,
                           bool with_bias = true) {
     return linear(file, name, shape{out, in, 1, 1}, with_bias);
   }
@@ -72,15 +83,14 @@ public:
   /// Serial, for use inside a task: `count` rows given by pointers (see kernels::gemm_args).
   void rows(index_t count, const float* const* x, float* const* result,
             activation act = activation::none, const float* const* residual = nullptr) const {
-    kernels::active().gemm({.m = count,
-                            .n = out(),
-                            .k = in(),
-                            .a = x,
-                            .b = weight_.columns_from(0),
-                            .c = result,
-                            .bias = bias_.data(),
-                            .residual = residual,
-                            .act = act});
+    weight_.multiply({.m = count,
+                      .n = out(),
+                      .k = in(),
+                      .a = x,
+                      .c = result,
+                      .bias = bias_.data(),
+                      .residual = residual,
+                      .act = act});
   }
 
   /// x is (n, in), result is (n, out). `residual`, where given, is (n, out) and may be `result`.
@@ -100,24 +110,24 @@ public:
       const row_pointers<float> c(result.data() + row * out() + column, out(), count);
       const row_pointers<const float> r(residual ? residual + row * out() + column : nullptr,
                                         residual ? out() : 0, count);
-      kernels::active().gemm({.m = count,
-                              .n = std::min(slice, out() - column),
-                              .k = in(),
-                              .a = a.data(),
-                              .b = weight_.columns_from(column),
-                              .c = c.data(),
-                              .bias = bias_.empty() ? nullptr : bias_.data() + column,
-                              .residual = residual ? r.data() : nullptr,
-                              .act = act});
+      weight_.multiply({.m = count,
+                        .n = std::min(slice, out() - column),
+                        .k = in(),
+                        .a = a.data(),
+                        .c = c.data(),
+                        .bias = bias_.empty() ? nullptr : bias_.data() + column,
+                        .residual = residual ? r.data() : nullptr,
+                        .act = act},
+                       column);
     });
   }
 
 private:
-  linear(const safetensors& file, const std::string& name, shape weight_shape, bool with_bias) {
+  linear(const weights& file, const std::string& name, shape weight_shape, bool with_bias) {
     const index_t out = weight_shape[0];
     const index_t in = weight_shape[1];
     const tensor<float> weight = file.read(name + ".weight", weight_shape);
-    weight_ = packed_weight(in, out, weight.data(), 1, in);
+    weight_ = packed_weight(file.inputs(), in, out, weight.data(), 1, in);
     if (with_bias) bias_ = file.read(name + ".bias", {out});
   }
 

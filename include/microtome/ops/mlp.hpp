@@ -14,7 +14,7 @@ public:
   mlp() = default;
 
   /// Reads `<name>.norm`, `<name>.fc1` and `<name>.fc2`.
-  mlp(const safetensors& file, const std::string& name, index_t dim, index_t hidden)
+  mlp(const weights& file, const std::string& name, index_t dim, index_t hidden)
       : name_(name),
         norm_(file, name + ".norm", dim),
         fc1_(file, name + ".fc1", dim, hidden),

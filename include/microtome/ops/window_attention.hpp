@@ -35,17 +35,18 @@ public:
 
   /// Reads `<name>.norm`, `<name>.qkv`, `<name>.proj` and `<name>.attention_biases`
   /// (heads, window * window) for a map of the given size.
-  window_attention(const safetensors& file, const std::string& name, map_size size, index_t dim,
+  window_attention(const weights& file, const std::string& name, map_size size, index_t dim,
                    index_t heads, index_t window, padding mode)
       : name_(name),
         size_(size),
         heads_(heads),
         window_(window),
+        matrix_(&kernels::active().matrix(file.inputs())),
         norm_(file, name + ".norm", dim),
         qkv_(file, name + ".qkv", dim, 3 * dim),
         project_(file, name + ".proj", dim, dim) {
     const tensor<float> biases = file.read(name + ".attention_biases", {heads, window * window});
-    if (mode == padding::exact) find_virtual_key(file);
+    if (mode == padding::exact) find_virtual_key();
     plan_windows(biases);
   }
 
@@ -57,7 +58,7 @@ public:
   std::size_t scratch_bytes() const {
     const index_t keys = window_ * window_ + 1;
     return std::max(
-        scratch::bytes_of<float>(kernels::active().attention_scratch(keys, head_dim(), head_dim())),
+        scratch::bytes_of<float>(matrix_->attention_scratch(keys, head_dim(), head_dim())),
         scratch::bytes_of<float>(token_block * dim()));
   }
 
@@ -94,17 +95,12 @@ private:
     return rows < window_ || columns < window_;
   }
 
-  /// k0 and v0: the QKV layer applied to the LayerNorm's beta, in double precision.
-  void find_virtual_key(const safetensors& file) {
-    const tensor<float> weight = file.read(name_ + ".qkv.weight", {3 * dim(), dim()});
-    const tensor<float> bias = file.read(name_ + ".qkv.bias", {3 * dim()});
+  /// k0 and v0: the QKV layer applied to the LayerNorm's beta, as it would be in a padded map.
+  void find_virtual_key() {
     virtual_qkv_ = tensor<float>(shape{3 * dim()});
-    for (index_t i = 0; i < 3 * dim(); ++i) {
-      double sum = bias[i];
-      for (index_t j = 0; j < dim(); ++j)
-        sum += static_cast<double>(weight[i * dim() + j]) * static_cast<double>(norm_.beta()[j]);
-      virtual_qkv_[i] = static_cast<float>(sum);
-    }
+    const float* beta = norm_.beta().data();
+    float* qkv = virtual_qkv_.data();
+    qkv_.rows(1, &beta, &qkv);
   }
 
   void plan_windows(const tensor<float>& biases) {
@@ -185,20 +181,19 @@ private:
         k[n] = virtual_qkv_.data() + head * 3 * head_dim() + head_dim();
         v[n] = k[n] + head_dim();
       }
-      kernels::active().attention(
-          {.n_q = s.rows * s.columns,
-           .n_k = s.keys,
-           .d_k = head_dim(),
-           .d_v = head_dim(),
-           .q = q.data(),
-           .k = k.data(),
-           .v = v.data(),
-           .out = out.data(),
-           .scale = 1.0f / std::sqrt(static_cast<float>(head_dim())),
-           .bias = s.biases.data() + head * s.rows * s.columns * s.stride,
-           .bias_stride = s.stride,
-           .scratch = memory.take<float>(
-               kernels::active().attention_scratch(s.keys, head_dim(), head_dim()))});
+      matrix_->attention({.n_q = s.rows * s.columns,
+                          .n_k = s.keys,
+                          .d_k = head_dim(),
+                          .d_v = head_dim(),
+                          .q = q.data(),
+                          .k = k.data(),
+                          .v = v.data(),
+                          .out = out.data(),
+                          .scale = 1.0f / std::sqrt(static_cast<float>(head_dim())),
+                          .bias = s.biases.data() + head * s.rows * s.columns * s.stride,
+                          .bias_stride = s.stride,
+                          .scratch = memory.take<float>(
+                              matrix_->attention_scratch(s.keys, head_dim(), head_dim()))});
     });
   }
 
@@ -213,6 +208,7 @@ private:
   map_size size_;
   index_t heads_ = 0;
   index_t window_ = 0;
+  const kernels::matrix_kernels* matrix_ = nullptr;
   layer_norm norm_;
   linear qkv_;
   linear project_;
