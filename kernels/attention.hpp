@@ -203,10 +203,9 @@ inline void attention(const attention_args& args) {
     pack_columns<Vectors>(args.n_k, args.d_v, args.v, c, panel);
     Inputs::finish_panel(args.n_k, Vectors * lanes, panel);
   });
-  for (ptrdiff_t row = 0; row < args.n_q; row += tile_rows)
-    with_rows(std::min(tile_rows, args.n_q - row), [&]<ptrdiff_t Rows>() {
-      attention_tile<Inputs, Rows>(args, row, keys, values, scores);
-    });
+  for_tiles(args.n_q, [&]<ptrdiff_t Rows>(ptrdiff_t row) {
+    attention_tile<Inputs, Rows>(args, row, keys, values, scores);
+  });
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

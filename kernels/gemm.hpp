@@ -19,7 +19,7 @@ namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 inline constexpr ptrdiff_t k_block =
     24 * 1024 / (panel_width * static_cast<ptrdiff_t>(sizeof(float)));
 /// Rows of A that are swept with one piece of B: a block of A is at most 256 KiB, half an L2.
-inline constexpr ptrdiff_t max_block_rows = 16 * tile_rows;
+inline constexpr ptrdiff_t max_block_rows = 18 * tile_rows;
 inline ptrdiff_t block_rows(ptrdiff_t row_bytes, ptrdiff_t least) {
   return std::clamp(256 * 1024 / row_bytes / tile_rows * tile_rows, least, max_block_rows);
 }
@@ -115,26 +115,28 @@ inline void gemm_rows(const gemm_args& args, const a_rows<Inputs>& rows, ptrdiff
         const bool first = t == 0 && k0 == 0;
         const bool last = t == rows.taps - 1 && k1 == rows.count;
         const auto* piece = panel + (t * rows.count + k0) * panel_width;
-        for (ptrdiff_t m = m0; m < m1; m += tile_rows) {
-          const auto* const* a = rows.a + t * rows.stride + (m - m0);
-          float* spill = partial + (m - m0) * panel_width;
-          with_rows(std::min(tile_rows, m1 - m), [&]<ptrdiff_t Rows>() {
-            register_tile<Rows> tile;
-            first ? tile.load(bias, 0) : tile.load(spill, panel_width);
-            tile.template accumulate<Inputs>(k1 - k0, a, k0, piece);
-            last ? finish_tile(tile, args, m, n0, columns) : tile.store(spill, panel_width);
-          });
-        }
+        for_tiles(m1 - m0, [&]<ptrdiff_t Rows>(ptrdiff_t row) {
+          const ptrdiff_t m = m0 + row;
+          const auto* const* a = rows.a + t * rows.stride + row;
+          float* spill = partial + row * panel_width;
+          register_tile<Rows> tile;
+          first ? tile.load(bias, 0) : tile.load(spill, panel_width);
+          tile.template accumulate<Inputs>(k1 - k0, a, k0, piece);
+          last ? finish_tile(tile, args, m, n0, columns) : tile.store(spill, panel_width);
+        });
       }
   }
 }
 
 inline void gemm_fp32(const gemm_args& args) {
   const ptrdiff_t depth = args.taps * args.k;
-  const ptrdiff_t rows = block_rows(depth * static_cast<ptrdiff_t>(sizeof(float)), 4 * tile_rows);
-  for (ptrdiff_t m = 0; m < args.m; m += rows)
-    gemm_rows<fp32_inputs>(args, {args.a + m, args.m, args.taps, args.k}, m,
-                           std::min(args.m, m + rows));
+  const ptrdiff_t most = block_rows(depth * static_cast<ptrdiff_t>(sizeof(float)), 4 * tile_rows);
+  const ptrdiff_t blocks = (args.m + most - 1) / most;
+  for (ptrdiff_t i = 0, m = 0; i < blocks; ++i) {
+    const ptrdiff_t end = args.m * (i + 1) / blocks;
+    gemm_rows<fp32_inputs>(args, {args.a + m, args.m, args.taps, args.k}, m, end);
+    m = end;
+  }
 }
 
 /// A is rounded block by block, its taps joined to one row.

@@ -47,8 +47,8 @@ inline float round_to_bf16(float x) {
   return std::ldexp(std::nearbyint(fraction * 256) / 256, exponent);
 }
 
-/// What the product of matrices is in bf16, bit for bit where there are fused multiply-adds; without
-/// activation and residual. args.b is (taps * k, n) floats, row-major.
+/// What the product of matrices is in bf16, bit for bit where there are fused multiply-adds;
+/// without activation and residual. args.b is (taps * k, n) floats, row-major.
 inline void gemm_bf16(const gemm_args& args) {
   const auto* b = static_cast<const float*>(args.b);
   const ptrdiff_t depth = args.taps * args.k;

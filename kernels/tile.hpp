@@ -97,4 +97,16 @@ HWY_INLINE void with_rows(ptrdiff_t rows, Function&& f) {
   f.template operator()<Rows>();
 }
 
+/// Cuts m rows into as few tiles as there can be, of nearly equal heights, since low ones are slow:
+/// calls f.template operator()<Rows>(first row) for each.
+template <class Function>
+HWY_INLINE void for_tiles(ptrdiff_t m, Function&& f) {
+  const ptrdiff_t tiles = (m + tile_rows - 1) / tile_rows;
+  for (ptrdiff_t i = 0, row = 0; i < tiles; ++i) {
+    const ptrdiff_t end = m * (i + 1) / tiles;
+    with_rows(end - row, [&]<ptrdiff_t Rows>() { f.template operator()<Rows>(row); });
+    row = end;
+  }
+}
+
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

@@ -25,7 +25,7 @@ public:
 
   /// x (tokens, dim) in place, with `other` (tokens, dim) as working memory.
   void operator()(workspace& ws, view<float> x, view<float> other) const {
-    attention(ws, x, other);
+    attention(ws, x);
     local_conv(ws, size_, x, other);
     if (ws.trace) ws.record(name_ + ".local_conv", other, layout::pixels, size_.width);
     feed_forward(ws, other, x);
@@ -83,11 +83,6 @@ public:
     }
   }
 
-  index_t memory() const {
-    index_t floats = 0;
-    for (const tiny_vit_block& block : blocks) floats = std::max(floats, block.attention.memory());
-    return floats;
-  }
   std::size_t scratch_bytes() const {
     std::size_t bytes = downsample ? downsample->scratch_bytes(size_) : 0;
     for (const inverted_bottleneck& block : mbconv)
@@ -156,11 +151,7 @@ public:
     ws.record("image_embedding", embedding, layout::pixels, size.width);
   }
 
-  index_t memory() const {
-    index_t floats = 0;
-    for (const tiny_vit_stage& stage : stages) floats = std::max(floats, stage.memory());
-    return floats + 2 * arena::rounded(map_floats());
-  }
+  index_t memory() const { return 2 * arena::rounded(map_floats()); }
   std::size_t scratch_bytes() const {
     std::size_t bytes = scratch::bytes_of<float>(token_block * embed_hidden.out());
     for (const tiny_vit_stage& stage : stages) bytes = std::max(bytes, stage.scratch_bytes());

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -29,6 +30,10 @@ enum class padding {
 ///     c_i = log sum over padded p of exp(b(i, p)),
 ///
 /// so a window of r x c tokens attends to its r c keys and one virtual key (k0, v0) with bias c_i.
+///
+/// A task takes a window, or as many small ones as make a block of tokens, through all of it: rows
+/// of x are read where they lie, q, k and v stay in L2, and the result is added to x in place,
+/// since no other window reads these rows.
 class window_attention {
 public:
   window_attention() = default;
@@ -52,41 +57,48 @@ public:
 
   const std::string& name() const { return name_; }
 
-  /// Arena floats: the qkv of every token.
-  index_t memory() const { return arena::rounded(size_.tokens() * 3 * dim()); }
-
   std::size_t scratch_bytes() const {
-    const index_t keys = window_ * window_ + 1;
-    return std::max(
-        scratch::bytes_of<float>(matrix_->attention_scratch(keys, head_dim(), head_dim())),
-        scratch::bytes_of<float>(token_block * dim()));
+    std::size_t bytes = 0;
+    for (const window_group& group : groups_) {
+      const index_t n = group.count * shapes_[group.shape].tokens();
+      const index_t keys = shapes_[group.shape].keys;
+      bytes = std::max(
+          bytes,
+          4 * scratch::bytes_of<float*>(n) + 4 * scratch::bytes_of<float*>(keys) +
+              scratch::bytes_of<float>(n * dim()) + scratch::bytes_of<float>(n * 3 * dim()) +
+              scratch::bytes_of<float>(matrix_->attention_scratch(keys, head_dim(), head_dim())));
+    }
+    return bytes;
   }
 
-  /// x (tokens, dim) += attention(x), with `attended` (tokens, dim) as working memory.
-  void operator()(workspace& ws, view<float> x, view<float> attended) const {
-    frame memory(ws.memory());
-    const view<float> qkv = memory.take({size_.tokens(), 3 * dim()});
-    normalise_and_project(ws, x, qkv);
-    attend(ws, qkv, attended);
+  /// x (tokens, dim) += attention(x).
+  void operator()(workspace& ws, view<float> x) const {
     if (ws.tracing(name_)) {
-      tensor<float> projected(x.extents());
-      project_(ws, attended, projected);
-      ws.record(name_, projected, layout::tokens);
+      tensor<float> attended(x.extents());
+      attend(ws, x, attended, false);
+      ws.record(name_, attended, layout::tokens);
     }
-    project_(ws, attended, x, activation::none, x.data());
+    attend(ws, x, x, true);
   }
 
 private:
+  /// Tokens that small windows are gathered to: two windows of 7 x 7.
+  static constexpr index_t group_tokens = 98;
+
   /// The windows of one shape (rows x columns) share their biases.
   struct window_shape {
+    index_t tokens() const { return rows * columns; }
+
     index_t rows, columns;
     index_t keys;          ///< rows * columns, and one more where there is a virtual key
     index_t stride;        ///< floats from one query's biases to the next
     tensor<float> biases;  ///< (heads, rows * columns, stride); -infinity beyond `keys`
   };
-  struct window_place {
-    index_t y, x;
+  /// Windows of one shape that a task takes.
+  struct window_group {
     std::size_t shape;
+    index_t count;
+    std::array<std::array<index_t, 2>, group_tokens> places;  ///< y and x of the first tokens
   };
 
   index_t dim() const { return project_.out(); }
@@ -112,8 +124,19 @@ private:
         while (s < shapes_.size() && (shapes_[s].rows != rows || shapes_[s].columns != columns))
           ++s;
         if (s == shapes_.size()) shapes_.push_back(expand_biases(biases, rows, columns));
-        places_.push_back({y, x, s});
+        const index_t tokens = shapes_[s].tokens();
+        const auto open = std::find_if(groups_.begin(), groups_.end(), [&](const window_group& g) {
+          return g.shape == s && (g.count + 1) * tokens <= group_tokens;
+        });
+        window_group& group =
+            open != groups_.end() ? *open : groups_.emplace_back(window_group{s, 0, {}});
+        group.places[static_cast<std::size_t>(group.count++)] = {y, x};
       }
+    // Large ones first: the small ones then even out what threads have to do.
+    std::stable_sort(
+        groups_.begin(), groups_.end(), [&](const window_group& a, const window_group& b) {
+          return a.count * shapes_[a.shape].tokens() > b.count * shapes_[b.shape].tokens();
+        });
   }
 
   window_shape expand_biases(const tensor<float>& biases, index_t rows, index_t columns) const {
@@ -146,63 +169,67 @@ private:
     return s;
   }
 
-  void normalise_and_project(workspace& ws, view<const float> x, view<float> qkv) const {
-    ws.parallel(block_count(size_.tokens()), [&](index_t block, scratch memory) {
-      float* normed = memory.take<float>(token_block * dim());
-      const index_t row = block * token_block;
-      const index_t count = std::min(token_block, size_.tokens() - row);
-      norm_.rows(count, x.row(row), normed);
-      const row_pointers<const float> from(normed, dim(), count);
-      const row_pointers<float> to(qkv.row(row), 3 * dim(), count);
-      qkv_.rows(count, from.data(), to.data());
+  /// result = attention(x), and x more for `residual`.
+  void attend(workspace& ws, view<const float> x, view<float> result, bool residual) const {
+    ws.parallel(static_cast<index_t>(groups_.size()), [&](index_t task, scratch memory) {
+      const window_group& group = groups_[static_cast<std::size_t>(task)];
+      const window_shape& shape = shapes_[group.shape];
+      const index_t n = group.count * shape.tokens();
+      const float** from = memory.take<const float*>(n);
+      float** to = memory.take<float*>(n);
+      float** normed = memory.take<float*>(n);
+      float** qkv = memory.take<float*>(n);
+      float* features = memory.take<float>(n * dim());
+      float* projected = memory.take<float>(n * 3 * dim());
+      for (index_t i = 0; i < n; ++i) {
+        const auto [y, column] = group.places[static_cast<std::size_t>(i / shape.tokens())];
+        const index_t at = i % shape.tokens();
+        const index_t token = (y + at / shape.columns) * size_.width + column + at % shape.columns;
+        from[i] = x.row(token);
+        to[i] = result.row(token);
+        normed[i] = features + i * dim();
+        qkv[i] = projected + i * 3 * dim();
+      }
+      norm_.rows(n, from, normed);
+      qkv_.rows(n, normed, qkv);
+      for (index_t w = 0; w < group.count; ++w)
+        attend_in_window(shape, qkv + w * shape.tokens(), normed + w * shape.tokens(), memory);
+      project_.rows(n, normed, to, activation::none, residual ? from : nullptr);
     });
   }
 
   /// Each token's qkv holds, head after head, q, k and v of head_dim floats.
-  void attend(workspace& ws, view<const float> qkv, view<float> attended) const {
-    const index_t windows = static_cast<index_t>(places_.size());
-    ws.parallel(windows * heads_, [&](index_t task, scratch memory) {
-      // Head by head over all windows: the biases of a head stay in the cache.
-      const window_place& place = places_[static_cast<std::size_t>(task % windows)];
-      const index_t head = task / windows;
-      const window_shape& s = shapes_[place.shape];
-      std::array<const float*, max_keys> q, k, v;
-      std::array<float*, max_keys> out;
-      std::size_t n = 0;
-      for (index_t y = 0; y < s.rows; ++y)
-        for (index_t x = 0; x < s.columns; ++x, ++n) {
-          const index_t token = (place.y + y) * size_.width + place.x + x;
-          q[n] = qkv.row(token) + head * 3 * head_dim();
-          k[n] = q[n] + head_dim();
-          v[n] = k[n] + head_dim();
-          out[n] = attended.row(token) + head * head_dim();
-        }
-      if (s.keys > s.rows * s.columns) {
-        k[n] = virtual_qkv_.data() + head * 3 * head_dim() + head_dim();
-        v[n] = k[n] + head_dim();
+  void attend_in_window(const window_shape& shape, const float* const* qkv, float* const* attended,
+                        scratch memory) const {
+    const index_t tokens = shape.tokens();
+    const float** q = memory.take<const float*>(shape.keys);
+    const float** k = memory.take<const float*>(shape.keys);
+    const float** v = memory.take<const float*>(shape.keys);
+    float** out = memory.take<float*>(shape.keys);
+    float* room =
+        memory.take<float>(matrix_->attention_scratch(shape.keys, head_dim(), head_dim()));
+    for (index_t head = 0; head < heads_; ++head) {
+      const index_t first = head * 3 * head_dim();
+      for (index_t i = 0; i < shape.keys; ++i) {
+        q[i] = (i < tokens ? qkv[i] : virtual_qkv_.data()) + first;
+        k[i] = q[i] + head_dim();
+        v[i] = k[i] + head_dim();
+        if (i < tokens) out[i] = attended[i] + head * head_dim();
       }
-      matrix_->attention({.n_q = s.rows * s.columns,
-                          .n_k = s.keys,
+      matrix_->attention({.n_q = tokens,
+                          .n_k = shape.keys,
                           .d_k = head_dim(),
                           .d_v = head_dim(),
-                          .q = q.data(),
-                          .k = k.data(),
-                          .v = v.data(),
-                          .out = out.data(),
+                          .q = q,
+                          .k = k,
+                          .v = v,
+                          .out = out,
                           .scale = 1.0f / std::sqrt(static_cast<float>(head_dim())),
-                          .bias = s.biases.data() + head * s.rows * s.columns * s.stride,
-                          .bias_stride = s.stride,
-                          .scratch = memory.take<float>(
-                              matrix_->attention_scratch(s.keys, head_dim(), head_dim()))});
-    });
+                          .bias = shape.biases.data() + head * tokens * shape.stride,
+                          .bias_stride = shape.stride,
+                          .scratch = room});
+    }
   }
-
-public:
-  /// The largest window that `attend` has room for on its stack.
-  static constexpr index_t max_window = 32;
-
-private:
-  static constexpr index_t max_keys = max_window * max_window + 1;
 
   std::string name_;
   map_size size_;
@@ -214,7 +241,7 @@ private:
   linear project_;
   tensor<float> virtual_qkv_;  // q, k, v per head of the zero-padded token; empty: padding dropped
   std::vector<window_shape> shapes_;
-  std::vector<window_place> places_;
+  std::vector<window_group> groups_;
 };
 
 }  // namespace microtome
