@@ -113,6 +113,7 @@ struct bench_options {
   std::string model;
   int threads = 0, runs = 10;
   bool json = false;
+  padding windows = padding::exact;
   precision factors = precision::fp32;
 };
 
@@ -128,7 +129,8 @@ tensor<float> make_image(index_t side) {
 }
 
 int run_bench(const bench_options& options) {
-  const lite_medsam model = lite_medsam::load(options.model, {.inputs = options.factors});
+  const lite_medsam model =
+      lite_medsam::load(options.model, {.windows = options.windows, .inputs = options.factors});
   session s(model, {.threads = options.threads});
   const index_t side = model.config.image_size;
   const tensor<float> image = make_image(side);
@@ -203,6 +205,7 @@ command add_bench(CLI::App& app) {
       ->check(CLI::Range(1, 1000000))
       ->capture_default_str();
   app.add_flag("--json", options->json, "print one JSON object");
+  add_padding(app, options->windows);
   add_precision(app, options->factors);
   return [options] { return run_bench(*options); };
 }

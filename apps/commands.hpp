@@ -9,7 +9,7 @@
 
 #include <CLI/CLI.hpp>
 
-#include <microtome/weights.hpp>
+#include <microtome/ops/window_attention.hpp>
 
 namespace microtome::app {
 
@@ -28,6 +28,17 @@ inline void add_precision(CLI::App& app, precision& inputs) {
   app.add_option("--precision", inputs, "fp32, or bf16: factors of products rounded to 16 bits")
       ->transform(CLI::CheckedTransformer(names).description("{fp32,bf16}"))
       ->default_str("fp32");
+}
+
+/// Adds the option --padding.
+inline void add_padding(CLI::App& app, padding& windows) {
+  const std::map<std::string, padding> names{
+      {"exact", padding::exact}, {"dropped", padding::dropped}, {"padded", padding::padded}};
+  app.add_option("--padding", windows,
+                 "windows at the border: exact, dropped as nested tensors do, or padded, which "
+                 "gives what exact gives and takes longer")
+      ->transform(CLI::CheckedTransformer(names).description("{exact,dropped,padded}"))
+      ->default_str("exact");
 }
 
 inline const char* name_of(precision inputs) {

@@ -28,7 +28,7 @@ struct segment_options {
   std::string output;
   std::string overlay;
   std::vector<std::string> boxes;
-  std::string padding = "exact";
+  padding windows = padding::exact;
   int threads = 0;
   int workers = 1;
   precision factors = precision::fp32;
@@ -171,9 +171,8 @@ int run_segment(const segment_options& options) {
   for (const std::string& text : options.boxes) boxes.push_back(parse_box(text));
   make_folder(options.output);
   if (!options.overlay.empty()) make_folder(options.overlay);
-  const lite_medsam model = lite_medsam::load(
-      options.model, {.windows = options.padding == "exact" ? padding::exact : padding::dropped,
-                      .inputs = options.factors});
+  const lite_medsam model =
+      lite_medsam::load(options.model, {.windows = options.windows, .inputs = options.factors});
 
   const auto workers = std::min(static_cast<std::size_t>(options.workers), jobs.size());
   const int threads = options.threads > 0 ? options.threads : default_threads();
@@ -216,10 +215,7 @@ command add_segment(CLI::App& app) {
   app.add_option("--overlay", options->overlay, "folder for pictures of the results");
   app.add_option("--box", options->boxes, "box x0,y0,x1,y1 in pixels, for PNG images; repeatable")
       ->take_all();
-  app.add_option("--padding", options->padding,
-                 "windows at the border: exact, or dropped as nested tensors do")
-      ->check(CLI::IsMember({"exact", "dropped"}))
-      ->capture_default_str();
+  add_padding(app, options->windows);
   app.add_option("--threads", options->threads, "threads in all; 0: every CPU")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();

@@ -136,6 +136,11 @@ TEST_CASE("windows without padding equal padded ones: TinyViT's own maps") {
   CHECK(window_error({128, 128}, 7, padding::exact) < 1e-5);
 }
 
+TEST_CASE("computed padding equals PyTorch's way") {
+  CHECK(window_error({9, 11}, 7, padding::padded) < 1e-5);
+  CHECK(window_error({20, 17}, 14, padding::padded) < 1e-5);
+}
+
 TEST_CASE("dropped padding attends to the real tokens alone, and differs from exact") {
   CHECK(window_error({9, 11}, 7, padding::dropped) < 1e-5);
   CHECK(window_error({20, 20}, 14, padding::dropped) < 1e-5);

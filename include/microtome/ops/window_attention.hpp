@@ -15,8 +15,9 @@ namespace microtome {
 
 /// What the windows at the right and bottom borders of a map do about the tokens they lack.
 enum class padding {
-  exact,   ///< as if the map were padded with zeros to whole windows, as TinyViT is trained
-  dropped  ///< attend among the tokens that exist, as nested tensors do
+  exact,    ///< as if the map were padded with zeros to whole windows, as TinyViT is trained
+  dropped,  ///< attend among the tokens that exist, as nested tensors do
+  padded    ///< the same as exact, by computing the padding: to compare with
 };
 
 /// Multi-head attention within non-overlapping windows, with learned relative position biases
@@ -52,6 +53,7 @@ public:
         project_(file, name + ".proj", dim, dim) {
     const tensor<float> biases = file.read(name + ".attention_biases", {heads, window * window});
     if (mode == padding::exact) find_virtual_key();
+    if (mode == padding::padded) zeros_ = tensor<float>(shape{dim});
     plan_windows(biases);
   }
 
@@ -66,6 +68,7 @@ public:
           bytes,
           4 * scratch::bytes_of<float*>(n) + 4 * scratch::bytes_of<float*>(keys) +
               scratch::bytes_of<float>(n * dim()) + scratch::bytes_of<float>(n * 3 * dim()) +
+              scratch::bytes_of<float>(zeros_.size()) +
               scratch::bytes_of<float>(matrix_->attention_scratch(keys, head_dim(), head_dim())));
     }
     return bytes;
@@ -118,8 +121,9 @@ private:
   void plan_windows(const tensor<float>& biases) {
     for (index_t y = 0; y < size_.height; y += window_)
       for (index_t x = 0; x < size_.width; x += window_) {
-        const index_t rows = std::min(window_, size_.height - y);
-        const index_t columns = std::min(window_, size_.width - x);
+        const bool whole = !zeros_.empty();
+        const index_t rows = whole ? window_ : std::min(window_, size_.height - y);
+        const index_t columns = whole ? window_ : std::min(window_, size_.width - x);
         std::size_t s = 0;
         while (s < shapes_.size() && (shapes_[s].rows != rows || shapes_[s].columns != columns))
           ++s;
@@ -181,12 +185,14 @@ private:
       float** qkv = memory.take<float*>(n);
       float* features = memory.take<float>(n * dim());
       float* projected = memory.take<float>(n * 3 * dim());
+      float* discarded = memory.take<float>(zeros_.size());
       for (index_t i = 0; i < n; ++i) {
-        const auto [y, column] = group.places[static_cast<std::size_t>(i / shape.tokens())];
-        const index_t at = i % shape.tokens();
-        const index_t token = (y + at / shape.columns) * size_.width + column + at % shape.columns;
-        from[i] = x.row(token);
-        to[i] = result.row(token);
+        const auto [top, left] = group.places[static_cast<std::size_t>(i / shape.tokens())];
+        const index_t y = top + i % shape.tokens() / shape.columns;
+        const index_t column = left + i % shape.tokens() % shape.columns;
+        const bool exists = y < size_.height && column < size_.width;
+        from[i] = exists ? x.row(y * size_.width + column) : zeros_.data();
+        to[i] = exists ? result.row(y * size_.width + column) : discarded;
         normed[i] = features + i * dim();
         qkv[i] = projected + i * 3 * dim();
       }
@@ -240,6 +246,7 @@ private:
   linear qkv_;
   linear project_;
   tensor<float> virtual_qkv_;  // q, k, v per head of the zero-padded token; empty: padding dropped
+  tensor<float> zeros_;        // a padded token, where padding is computed
   std::vector<window_shape> shapes_;
   std::vector<window_group> groups_;
 };
