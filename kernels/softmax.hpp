@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "elementwise.hpp"
 #include "reduce.hpp"
@@ -27,17 +28,20 @@ inline void softmax(ptrdiff_t n, float* x) {
 
 /// Columns are few (the heads of an attention) and may be fewer than a vector has lanes, so that
 /// the exponentials run over a whole matrix at once; the loops over columns are left to the
-/// compiler.
+/// compiler, which is told their most common number.
 inline void softmax_columns(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t columns, float* x) {
-  constexpr ptrdiff_t strip = 16;
+  constexpr ptrdiff_t strip = 8;
   const ptrdiff_t n = rows * columns;
   const auto for_strips = [&](float* matrix, auto&& f) {
-    for (ptrdiff_t c = 0; c < columns; c += strip) f(matrix + c, std::min(strip, columns - c));
+    ptrdiff_t c = 0;
+    for (; c + strip <= columns; c += strip)
+      f(matrix + c, std::integral_constant<ptrdiff_t, strip>());
+    if (c < columns) f(matrix + c, columns - c);
   };
   for (float* const end = x + count * n; x != end; x += n) {
-    for_strips(x, [&](float* part, ptrdiff_t width) {
+    for_strips(x, [&](float* part, auto width) {
       float greatest[strip];
-      std::copy_n(part, width, greatest);
+      std::copy_n(part, +width, greatest);
       for (ptrdiff_t r = 1; r < rows; ++r)
         for (ptrdiff_t c = 0; c < width; ++c)
           greatest[c] = std::max(greatest[c], part[r * columns + c]);
@@ -45,11 +49,11 @@ inline void softmax_columns(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t columns, 
         for (ptrdiff_t c = 0; c < width; ++c) part[r * columns + c] -= greatest[c];
     });
     map(n, x, x, exp_batch);
-    for_strips(x, [&](float* part, ptrdiff_t width) {
-      float inverse[strip] = {};
+    for_strips(x, [&](float* part, auto width) {
+      float sums[strip] = {}, inverse[strip];
       for (ptrdiff_t r = 0; r < rows; ++r)
-        for (ptrdiff_t c = 0; c < width; ++c) inverse[c] += part[r * columns + c];
-      for (ptrdiff_t c = 0; c < width; ++c) inverse[c] = 1.0f / inverse[c];
+        for (ptrdiff_t c = 0; c < width; ++c) sums[c] += part[r * columns + c];
+      for (ptrdiff_t c = 0; c < width; ++c) inverse[c] = 1.0f / sums[c];
       for (ptrdiff_t r = 0; r < rows; ++r)
         for (ptrdiff_t c = 0; c < width; ++c) part[r * columns + c] *= inverse[c];
     });

@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Times LiteMedSAM's image encoder and its decoder of boxes in microtome, PyTorch, ONNX Runtime and
+OpenVINO: the same weights, inputs and number of threads, in turns, so that a machine that slows down
+slows all of them. Prints tables of medians, ratios and peak memory, and draws them.
+
+    pip install -r bench/peers/requirements.txt
+    python3 bench/peers/compare.py
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "reference", "demo")]
+
+import convert  # noqa: E402
+import lite_medsam  # noqa: E402
+import model_file  # noqa: E402
+import seeded_weights  # noqa: E402
+from worker import Decoding  # noqa: E402
+
+BOXES = 16
+ROWS = {  # label: how it runs
+    "microtome": ["--padding", "exact"],
+    "microtome, padding computed": ["--padding", "padded"],
+    "microtome, padding dropped": ["--padding", "dropped"],
+    "microtome bf16": ["--precision", "bf16"],
+    "PyTorch, as in the original": "pytorch-explicit",
+    "PyTorch, SDPA": "pytorch-sdpa",
+    "PyTorch, torch.compile": "pytorch-compiled",
+    "PyTorch, nested tensors": "pytorch-nested",
+    "ONNX Runtime": "onnxruntime",
+    "OpenVINO": "openvino",
+    "OpenVINO bf16": "openvino-bf16",
+}
+ENCODER_ONLY = ["microtome, padding computed", "microtome, padding dropped", "PyTorch, as in the original",
+                "PyTorch, nested tensors"]
+
+
+class Program:
+    """microtome itself, started for each turn."""
+
+    def __init__(self, program, model, part, threads, arguments):
+        self.command = [program, "bench", "-m", model, "--threads", str(threads), "--json",
+                        *arguments, "--runs"]
+        self.key = {"encoder": "encoder_ms", "decoder": "batched_box_ms"}[part]
+
+    def turn(self, runs):
+        output = subprocess.run([*self.command, str(runs)], check=True, capture_output=True, text=True)
+        self.result = json.loads(output.stdout)
+        self.memory = self.result["peak_rss_mb"]
+        return self.result[self.key]["median"]
+
+    def end(self):
+        pass
+
+
+class Worker:
+    """A runtime that waits in a process of its own between its turns."""
+
+    def __init__(self, runtime, part, folder, threads):
+        self.scale = 1 / BOXES if part == "decoder" else 1
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "worker.py", runtime, part, folder, str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        self.turn(1)  # until it is ready
+
+    def turn(self, runs):
+        print(runs, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a runtime ended early; its message is above")
+        answer = json.loads(line)
+        self.memory = answer["rss_mb"]
+        return self.scale * statistics.median(answer["ms"])
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def prepare(folder):
+    """Weights, inputs and ONNX models of both parts."""
+    config = seeded_weights.LITE_MEDSAM
+    state = seeded_weights.seeded_state(config, 1)
+    tensors, _ = convert.convert(state, config)
+    model_file.write(folder / "model.safetensors", tensors, config)
+    state = {k: torch.tensor(v) for k, v in state.items()}
+    torch.save(state, folder / "model.pth")
+    model = lite_medsam.LiteMedSAM(config).eval().requires_grad_(False)
+    model.load_state_dict(state, strict=False)
+    image = torch.rand(1, 3, 256, 256)
+    embedding = model.image_encoder(image)
+    corners = torch.rand(BOXES, 2, 2).sort(1).values * 240
+    boxes = (corners + torch.tensor([[0.0], [1.0]]) * 12).flatten(1)
+    for part, module, inputs in (
+        ("encoder", model.image_encoder, {"image": image}),
+        ("decoder", Decoding(model), {"embedding": embedding, "boxes": boxes}),
+    ):
+        np.savez(folder / f"{part}_inputs.npz", **{k: v.numpy() for k, v in inputs.items()})
+        torch.onnx.export(module, tuple(inputs.values()), str(folder / f"{part}.onnx"), dynamo=False,
+                          opset_version=17, input_names=list(inputs))
+
+
+def start(part, options, folder):
+    """The contenders, those of them that run here."""
+    contenders = {}
+    for label, how in ROWS.items():
+        if part == "decoder" and label in ENCODER_ONLY:
+            continue
+        if options.only and not any(word.lower() in label.lower() for word in options.only):
+            continue
+        if isinstance(how, list):
+            model = folder / "model.safetensors"
+            contenders[label] = Program(options.program, model, part, options.threads, how)
+            continue
+        try:
+            contenders[label] = Worker(how, part, folder, options.threads)
+        except RuntimeError as error:
+            print(f"{label}: left out, {error}", file=sys.stderr)
+    return contenders
+
+
+def differences(part, contenders, folder):
+    """Largest difference of each runtime's answer to PyTorch's, over its standard deviation."""
+    path = folder / f"{part}_pytorch-sdpa.npy"
+    if not path.exists():
+        return {}
+    right = np.load(path)
+    return {label: np.abs(np.load(folder / f"{part}_{ROWS[label]}.npy") - right).max() / right.std()
+            for label, c in contenders.items() if isinstance(c, Worker)}
+
+
+def compare(part, options, folder):
+    contenders = start(part, options, folder)
+    times = {label: [] for label in contenders}
+    for _ in range(options.rounds):
+        for label, contender in contenders.items():
+            time.sleep(0.1)  # until the other runtime's threads no longer spin
+            times[label].append(contender.turn(options.runs))
+    for contender in contenders.values():
+        contender.end()
+    medians = {label: statistics.median(values) for label, values in times.items()}
+    base = medians["microtome"] if "microtome" in medians else next(iter(medians.values()))
+    off = differences(part, contenders, folder)
+    title = "encoder" if part == "encoder" else f"decoder, each of {BOXES} boxes"
+    print(f"| {title} | median ms | min | max | times microtome's | peak MB | off by, of std |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for label, values in times.items():
+        print(f"| {label} | {medians[label]:.1f} | {min(values):.1f} | {max(values):.1f} | "
+              f"{medians[label] / base:.2f} | {contenders[label].memory:.0f} | "
+              f"{f'{off[label]:.0e}' if label in off else ''} |")
+    print(flush=True)
+    return medians, next((c.result for c in contenders.values() if isinstance(c, Program)), {})
+
+
+def draw(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4), layout="constrained")
+    for ax, (title, medians) in zip(np.atleast_1d(axes), results.items()):
+        labels = sorted(medians, key=medians.get, reverse=True)
+        colors = ["#2a7f62" if label.startswith("microtome") else "#9aa5b1" for label in labels]
+        bars = ax.barh(labels, [medians[label] for label in labels], color=colors)
+        ax.bar_label(bars, fmt="%.0f", padding=3)
+        ax.set_title(title + ", ms")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--program", default=ROOT / "build" / "release" / "microtome")
+    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="runs in a turn (%(default)s)")
+    parser.add_argument("--only", nargs="+", help="rows whose names contain one of these")
+    parser.add_argument("--part", choices=["encoder", "decoder"], help="only this one")
+    parser.add_argument("--plot", help="picture of the medians, .svg or .png")
+    options = parser.parse_args()
+    torch.manual_seed(1)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        folder = pathlib.Path(folder)
+        prepare(folder)
+        results = {}
+        for part in [options.part] if options.part else ["encoder", "decoder"]:
+            medians, ours = compare(part, options, folder)
+            results[part] = medians
+        if ours:
+            print(f"fp32 but where it says otherwise; {options.threads} threads, target {ours['target']}, FMA "
+                  f"peak {ours['peak_gflops']:.0f} GFLOP/s; medians of {options.rounds} turns of "
+                  f"{options.runs} runs; PyTorch {torch.__version__}")
+        if options.plot:
+            draw(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
