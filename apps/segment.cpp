@@ -3,7 +3,9 @@
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
+#include <future>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -137,69 +139,137 @@ void write_overlays(const fs::path& folder, const std::string& stem, const io::v
   }
 }
 
-/// Reads, segments and writes one case; returns a description of it.
-std::string run_job(const job& j, const segment_options& options, session& s,
-                    const std::vector<pixel_box>& boxes, const progress_callback& step) {
-  const auto start = std::chrono::steady_clock::now();
-  const io::segmentation_case input =
-      is_png(j.input) ? io::image_case{io::read_png(j.input), boxes} : io::read_case(j.input);
-  const std::string stem = j.input.stem().string();
-  char text[96];
-  const auto describe = [&](index_t slices, std::size_t objects) {
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    std::snprintf(text, sizeof text, "%td slice%s, %zu box%s, %.2f s", slices,
-                  slices == 1 ? "" : "s", objects, objects == 1 ? "" : "es", took.count());
-  };
-  if (const auto* image = std::get_if<io::image_case>(&input)) {
-    const label_map labels = segment(s, image->image, image->boxes);
-    is_png(j.input) ? io::write_label_png(j.output, labels) : io::write_segs(j.output, labels);
-    if (!options.overlay.empty()) write_overlays(options.overlay, stem, *image, labels);
-    describe(1, image->boxes.size());
-  } else {
-    const auto& volume = std::get<io::volume_case>(input);
-    const label_map labels = segment(s, volume.volume, volume.boxes, step);
-    io::write_segs(j.output, labels);
-    if (!options.overlay.empty()) write_overlays(options.overlay, stem, volume, labels);
-    describe(volume.volume.extent(0), volume.boxes.size());
-  }
-  return text;
+using clock = std::chrono::steady_clock;
+
+io::segmentation_case read_input(const job& j, const std::vector<pixel_box>& boxes) {
+  if (is_png(j.input)) return io::image_case{io::read_png(j.input), boxes};
+  return io::read_case(j.input);
 }
 
+label_map segment_case(session& s, const io::segmentation_case& input,
+                       const progress_callback& step) {
+  if (const auto* image = std::get_if<io::image_case>(&input))
+    return segment(s, image->image, image->boxes);
+  const auto& volume = std::get<io::volume_case>(input);
+  return segment(s, volume.volume, volume.boxes, step);
+}
+
+/// Writes what was found in a case; returns a description of it.
+std::string write_result(const job& j, const segment_options& options,
+                         const io::segmentation_case& input, const label_map& labels,
+                         clock::time_point start) {
+  is_png(j.input) ? io::write_label_png(j.output, labels) : io::write_segs(j.output, labels);
+  return std::visit(
+      [&](const auto& c) {
+        if (!options.overlay.empty())
+          write_overlays(options.overlay, j.input.stem().string(), c, labels);
+        const index_t slices = labels.extents().rank() == 3 ? labels.extent(0) : 1;
+        const std::chrono::duration<double> took = clock::now() - start;
+        char text[96];
+        std::snprintf(text, sizeof text, "%td slice%s, %zu box%s, %.2f s", slices,
+                      slices == 1 ? "" : "s", c.boxes.size(), c.boxes.size() == 1 ? "" : "es",
+                      took.count());
+        return std::string(text);
+      },
+      input);
+}
+
+/// A case that is being read.
+struct coming_case {
+  const job* j;
+  std::future<io::segmentation_case> input;
+};
+
+/// Takes cases through reading, segmenting and writing. The next case is read and the one before is
+/// written while one is segmented: inflating and deflating keep a core busy for as long as a slice.
+class pipeline {
+public:
+  pipeline(const segment_options& options, std::vector<job> jobs, std::vector<pixel_box> boxes)
+      : options_(options),
+        jobs_(std::move(jobs)),
+        boxes_(std::move(boxes)),
+        workers_(std::min(static_cast<std::size_t>(options.workers), jobs_.size())),
+        threads_(options.threads > 0 ? options.threads : default_threads()),
+        report_(jobs_.size(), workers_) {}
+
+  /// Returns how many cases failed.
+  std::size_t run() {
+    std::optional<coming_case> first = take();  // read while the model is loaded
+    const lite_medsam model = lite_medsam::load(
+        options_.model, {.windows = options_.windows, .inputs = options_.factors});
+    std::vector<std::jthread> others;
+    for (std::size_t worker = 1; worker < workers_; ++worker)
+      others.emplace_back([&, worker] { work(worker, model, take()); });
+    work(0, model, std::move(first));
+    others.clear();
+    return report_.failures();
+  }
+
+private:
+  /// With one thread in all, what is asked for later is done later.
+  std::launch policy() const { return threads_ > 1 ? std::launch::async : std::launch::deferred; }
+
+  std::optional<coming_case> take() {
+    const std::size_t i = next_++;
+    if (i >= jobs_.size()) return std::nullopt;
+    return coming_case{&jobs_[i],
+                       std::async(policy(), [this, i] { return read_input(jobs_[i], boxes_); })};
+  }
+
+  void work(std::size_t worker, const lite_medsam& model, std::optional<coming_case> current) {
+    session s(model, {.threads = std::max(1, threads_ / static_cast<int>(workers_))});
+    std::future<void> writing;
+    while (current) {
+      std::optional<coming_case> following = take();
+      const job& j = *current->j;
+      attempt(worker, j, [&] {
+        const clock::time_point start = clock::now();
+        io::segmentation_case input = current->input.get();
+        label_map labels = segment_case(
+            s, input, [&](index_t done, index_t total) { report_.step(worker, done, total); });
+        if (writing.valid()) writing.get();
+        writing = std::async(policy(), [this, worker, &j, input = std::move(input),
+                                        labels = std::move(labels), start] {
+          attempt(worker, j, [&] {
+            report_.finished(worker, j.input.filename().string(),
+                             write_result(j, options_, input, labels, start));
+          });
+        });
+      });
+      current = std::move(following);
+    }
+    if (writing.valid()) writing.get();
+  }
+
+  /// Runs f; where it throws, the case has failed.
+  template <class Function>
+  void attempt(std::size_t worker, const job& j, Function&& f) {
+    const std::string name = j.input.filename().string();
+    try {
+      f();
+    } catch (const std::bad_alloc&) {
+      report_.failed(worker, name, "not enough memory");
+    } catch (const std::exception& e) {
+      report_.failed(worker, name, e.what());
+    }
+  }
+
+  const segment_options& options_;
+  const std::vector<job> jobs_;
+  const std::vector<pixel_box> boxes_;
+  const std::size_t workers_;
+  const int threads_;
+  progress report_;
+  std::atomic<std::size_t> next_ = 0;
+};
+
 int run_segment(const segment_options& options) {
-  const std::vector<job> jobs = find_jobs(options);
+  std::vector<job> jobs = find_jobs(options);
   std::vector<pixel_box> boxes;
   for (const std::string& text : options.boxes) boxes.push_back(parse_box(text));
   make_folder(options.output);
   if (!options.overlay.empty()) make_folder(options.overlay);
-  const lite_medsam model =
-      lite_medsam::load(options.model, {.windows = options.windows, .inputs = options.factors});
-
-  const auto workers = std::min(static_cast<std::size_t>(options.workers), jobs.size());
-  const int threads = options.threads > 0 ? options.threads : default_threads();
-  const int share = std::max(1, threads / static_cast<int>(workers));
-  progress report(jobs.size(), workers);
-  std::atomic<std::size_t> next = 0;
-  const auto work = [&](std::size_t worker) {
-    session s(model, {.threads = share});
-    for (std::size_t i = next++; i < jobs.size(); i = next++) {
-      const std::string name = jobs[i].input.filename().string();
-      try {
-        const std::string what =
-            run_job(jobs[i], options, s, boxes,
-                    [&](index_t done, index_t total) { report.step(worker, done, total); });
-        report.finished(worker, name, what);
-      } catch (const std::bad_alloc&) {
-        report.failed(worker, name, "not enough memory");
-      } catch (const std::exception& e) {
-        report.failed(worker, name, e.what());
-      }
-    }
-  };
-  std::vector<std::jthread> others;
-  for (std::size_t worker = 1; worker < workers; ++worker) others.emplace_back(work, worker);
-  work(0);
-  others.clear();
-  return report.failures() ? 1 : 0;
+  return pipeline(options, std::move(jobs), std::move(boxes)).run() ? 1 : 0;
 }
 
 }  // namespace
