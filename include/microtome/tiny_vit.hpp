@@ -12,7 +12,8 @@
 
 namespace microtome {
 
-/// A TinyViT block: x = x + attention(x); x = local_conv(x); x = x + mlp(x).
+/// A TinyViT block: x = x + attention(x); x = local_conv(x); x = x + mlp(x). The last two run fused
+/// by rows of the map.
 class tiny_vit_block {
 public:
   tiny_vit_block(const weights& file, const std::string& name, map_size size,
@@ -23,13 +24,25 @@ public:
         name_(name),
         size_(size) {}
 
-  /// x (tokens, dim) in place, with `other` (tokens, dim) as working memory.
-  void operator()(workspace& ws, view<float> x, view<float> other) const {
+  /// x (tokens, dim), which is lost, to result (tokens, dim).
+  void operator()(workspace& ws, view<float> x, view<float> result) const {
     attention(ws, x);
-    local_conv(ws, size_, x, other);
-    if (ws.trace) ws.record(name_ + ".local_conv", other, layout::pixels, size_.width);
-    feed_forward(ws, other, x);
-    ws.record(name_, x, layout::tokens);
+    if (ws.trace) record_parts(ws, x);
+    ws.parallel((size_.height + rows() - 1) / rows(), [&](index_t task, scratch memory) {
+      const index_t y = task * rows();
+      const index_t tokens = std::min(rows(), size_.height - y) * size_.width;
+      float* filtered = memory.take<float>(rows() * size_.width * local_conv.channels());
+      convolve_rows(x, y, tokens / size_.width, filtered);
+      feed_forward.rows(tokens, filtered, result.row(y * size_.width), memory);
+    });
+    ws.record(name_, result, layout::tokens);
+  }
+
+  std::size_t scratch_bytes() const {
+    const index_t tokens = rows() * size_.width;
+    return std::max(attention.scratch_bytes(),
+                    scratch::bytes_of<float>(tokens * local_conv.channels()) +
+                        feed_forward.scratch_bytes(tokens));
   }
 
   window_attention attention;
@@ -37,6 +50,35 @@ public:
   mlp feed_forward;
 
 private:
+  /// Rows of the map that a task takes.
+  index_t rows() const { return std::max<index_t>(1, max_rows / size_.width); }
+
+  void convolve_rows(view<const float> x, index_t y, index_t count, float* filtered) const {
+    for (index_t row = y; row < y + count; ++row) {
+      const float* in[3];
+      for (index_t i = 0; i < 3; ++i) {
+        const index_t source = row + i - 1;
+        in[i] = source < 0 || source >= size_.height ? nullptr : x.row(source * size_.width);
+      }
+      local_conv.row(in, size_.width, 0, size_.width, filtered);
+      filtered += size_.width * local_conv.channels();
+    }
+  }
+
+  /// The parts one by one: for traces only.
+  void record_parts(workspace& ws, view<const float> x) const {
+    const std::string conv = name_ + ".local_conv", rest = name_ + ".mlp";
+    if (!ws.tracing(conv) && !ws.tracing(rest)) return;
+    tensor<float> filtered(x.extents()), out(x.extents());
+    local_conv(ws, size_, x, filtered);
+    ws.record(conv, filtered, layout::pixels, size_.width);
+    ws.parallel(size_.height, [&](index_t y, scratch memory) {
+      const index_t token = y * size_.width;
+      feed_forward.rows(size_.width, filtered.row(token), out.row(token), memory, false);
+    });
+    ws.record(rest, out, layout::tokens);
+  }
+
   std::string name_;
   map_size size_;
 };
@@ -73,8 +115,10 @@ public:
       std::swap(maps[0], maps[1]);
       ws.record(block.name(), {maps[0], tokens}, layout::pixels, size_.width);
     }
-    for (const tiny_vit_block& block : blocks)
+    for (const tiny_vit_block& block : blocks) {
       block(ws, view<float>(maps[0], tokens), view<float>(maps[1], tokens));
+      std::swap(maps[0], maps[1]);
+    }
     if (downsample) {
       const shape merged{out_size().tokens(), out_dim()};
       (*downsample)(ws, size_, view<float>(maps[0], tokens), view<float>(maps[1], merged));
@@ -87,9 +131,7 @@ public:
     std::size_t bytes = downsample ? downsample->scratch_bytes(size_) : 0;
     for (const inverted_bottleneck& block : mbconv)
       bytes = std::max(bytes, block.scratch_bytes(size_));
-    for (const tiny_vit_block& block : blocks)
-      bytes =
-          std::max({bytes, block.attention.scratch_bytes(), block.feed_forward.scratch_bytes()});
+    for (const tiny_vit_block& block : blocks) bytes = std::max(bytes, block.scratch_bytes());
     return bytes;
   }
 

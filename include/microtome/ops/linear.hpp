@@ -20,9 +20,11 @@ constexpr index_t block_count(index_t n) {
   return (n + token_block - 1) / token_block;
 }
 
-/// Pointers to `count` rows of `stride` floats, the way kernels take a matrix.
+/// Pointers to `count` <= max_rows rows of `stride` floats, the way kernels take a matrix.
+inline constexpr index_t max_rows = 128;
+static_assert(token_block <= max_rows);
 template <class T>
-struct row_pointers : std::array<T*, token_block> {
+struct row_pointers : std::array<T*, max_rows> {
   row_pointers(T* first, index_t stride, index_t count) {
     for (index_t i = 0; i < count; ++i) (*this)[static_cast<std::size_t>(i)] = first + i * stride;
   }

@@ -7,59 +7,51 @@
 
 namespace microtome {
 
-/// result = x + fc2(gelu(fc1(norm(x)))), block of tokens by block of tokens: the hidden rows (four
-/// times as wide) stay in L2.
+/// x + fc2(gelu(fc1(norm(x)))), block of tokens by block of tokens: the hidden rows (four times as
+/// wide) stay in L2.
 class mlp {
 public:
   mlp() = default;
 
   /// Reads `<name>.norm`, `<name>.fc1` and `<name>.fc2`.
   mlp(const weights& file, const std::string& name, index_t dim, index_t hidden)
-      : name_(name),
-        norm_(file, name + ".norm", dim),
+      : norm_(file, name + ".norm", dim),
         fc1_(file, name + ".fc1", dim, hidden),
         fc2_(file, name + ".fc2", hidden, dim) {}
 
-  std::size_t scratch_bytes() const {
-    return scratch::bytes_of<float>(block() * fc1_.in()) +
-           scratch::bytes_of<float>(block() * fc1_.out());
+  std::size_t scratch_bytes(index_t count) const {
+    const index_t most = (count + blocks(count) - 1) / blocks(count);
+    return scratch::bytes_of<float>(most * fc1_.in()) + scratch::bytes_of<float>(most * fc1_.out());
   }
 
-  /// x and result are (tokens, dim); result may be x.
-  void operator()(workspace& ws, view<const float> x, view<float> result) const {
-    if (ws.tracing(name_)) record_output(ws, x);
-    const index_t tokens = x.extent(0);
+  /// Serial: `count` dense rows of x become dense rows of result, which may be x. Without
+  /// `shortcut` x is not added.
+  void rows(index_t count, const float* x, float* result, scratch memory,
+            bool shortcut = true) const {
     const index_t dim = fc1_.in();
     const index_t hidden = fc1_.out();
-    ws.parallel((tokens + block() - 1) / block(), [&](index_t task, scratch memory) {
-      const index_t row = task * block();
-      const index_t count = std::min(block(), tokens - row);
-      float* normed = memory.take<float>(block() * dim);
-      float* expanded = memory.take<float>(block() * hidden);
-      norm_.rows(count, x.row(row), normed);
-      const row_pointers<const float> a(normed, dim, count);
-      const row_pointers<float> b(expanded, hidden, count);
-      const row_pointers<const float> residual(x.row(row), dim, count);
-      const row_pointers<float> c(result.row(row), dim, count);
-      fc1_.rows(count, a.data(), b.data(), activation::gelu);
-      fc2_.rows(count, b.data(), c.data(), activation::none, residual.data());
-    });
+    const index_t n = blocks(count), most = (count + n - 1) / n;
+    float* normed = memory.take<float>(most * dim);
+    float* expanded = memory.take<float>(most * hidden);
+    for (index_t block = 0; block < n; ++block) {
+      const index_t row = count * block / n, size = count * (block + 1) / n - row;
+      const row_pointers<const float> in(x + row * dim, dim, size);
+      const row_pointers<float> a(normed, dim, size), b(expanded, hidden, size);
+      const row_pointers<float> out(result + row * dim, dim, size);
+      norm_.rows(size, in.data(), a.data());
+      fc1_.rows(size, a.data(), b.data(), activation::gelu);
+      fc2_.rows(size, b.data(), out.data(), activation::none, shortcut ? in.data() : nullptr);
+    }
   }
 
 private:
-  /// Tokens per task: fewer where the hidden rows are wide, so that they take about 256 KiB.
-  index_t block() const { return fc1_.out() > 720 ? token_block / 2 : token_block; }
-
-  void record_output(workspace& ws, view<const float> x) const {
-    tensor<float> normed(x.extents());
-    tensor<float> hidden(shape{x.extent(0), fc1_.out()});
-    norm_(ws, x, normed);
-    fc1_(ws, normed, hidden, activation::gelu);
-    fc2_(ws, hidden, normed);
-    ws.record(name_, normed, layout::tokens);
+  /// Blocks of nearly equal size whose hidden rows take at most 336 KiB each.
+  index_t blocks(index_t count) const {
+    const index_t fit = 336 * 1024 / static_cast<index_t>(sizeof(float)) / fc1_.out();
+    const index_t most = std::clamp<index_t>(fit, 1, max_rows);
+    return (count + most - 1) / most;
   }
 
-  std::string name_;
   layer_norm norm_;
   linear fc1_;
   linear fc2_;
