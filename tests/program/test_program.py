@@ -286,7 +286,7 @@ def test_bench_prints_one_json_object(run, tiny_model):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert list(result) == ["model", "precision", "target", "threads", "runs", "encoder_ms",
-                            "decoder_ms", "gflops", "peak_gflops", "peak_rss_mb"]
+                            "decoder_ms", "batched_box_ms", "gflops", "peak_gflops", "peak_rss_mb"]
     assert result["threads"] == 2 and result["runs"] == 3 and result["precision"] == "fp32"
     for part in ("encoder_ms", "decoder_ms"):
         assert 0 < result[part]["min"] <= result[part]["median"] <= result[part]["max"]
