@@ -7,6 +7,11 @@
 
 #include <microtome/microtome.hpp>
 
+// g++ warns of a free for a new that it has inlined only one of.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"
+#endif
+
 namespace {
 
 std::atomic<long> allocations = 0;
@@ -26,6 +31,9 @@ void* operator new(std::size_t size) {
 }
 void* operator new(std::size_t size, std::align_val_t alignment) {
   return counted(size, static_cast<std::size_t>(alignment));
+}
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  return counted(size, alignof(std::max_align_t));
 }
 void operator delete(void* memory) noexcept {
   std::free(memory);
