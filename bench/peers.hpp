@@ -124,7 +124,7 @@ inline void run_peer(benchmark::State& state, const gemm_peer& peer, index_t m, 
       state.SkipWithError("computes something else");
       return;
     }
-  measure_flops(state, 2.0 * static_cast<double>(m * n * k), product);
+  measure(state, {2.0 * static_cast<double>(m * n * k), floats(m * k + k * n + m * n)}, product);
 }
 
 }  // namespace microtome::bench

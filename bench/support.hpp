@@ -81,26 +81,32 @@ inline double bandwidth(int threads) {
          });
 }
 
-/// Runs f once per iteration and reports its rate, of all threads together, and its share of a
-/// roof.
+/// What a kernel has to do: operations, and bytes that it must read and write at least once.
+struct work {
+  double flops, bytes;
+};
+
+/// Runs f once per iteration and reports the rates of all threads together, the share of the FMA
+/// peak, and that of the roof (Williams, Waterman and Patterson, Roofline, 2009): the lower of the
+/// peak and of the bandwidth of memory times the FLOPs per byte. Data in a cache may exceed it.
 template <class Function>
-void measure(benchmark::State& state, double units, const char* rate_name, const char* share_name,
-             double (*roof)(int), Function&& f) {
+void measure(benchmark::State& state, work w, Function&& f) {
   for (auto _ : state) f();
-  const double total = units * static_cast<double>(state.iterations());
-  state.counters[rate_name] = benchmark::Counter(total / 1e9, benchmark::Counter::kIsRate);
-  state.counters[share_name] =
-      benchmark::Counter(100 * total / roof(state.threads()), benchmark::Counter::kIsRate);
+  const double runs = static_cast<double>(state.iterations());
+  const double fma = peak(state.threads());
+  const double roof = std::min(fma, bandwidth(state.threads()) * w.flops / w.bytes);
+  const auto rate = [&](double value) {
+    return benchmark::Counter(runs * value, benchmark::Counter::kIsRate);
+  };
+  state.counters["GFLOP/s"] = rate(w.flops / 1e9);
+  state.counters["GB/s"] = rate(w.bytes / 1e9);
+  state.counters["peak_%"] = rate(100 * w.flops / fma);
+  state.counters["roof_%"] = rate(100 * w.flops / roof);
 }
 
-template <class Function>
-void measure_flops(benchmark::State& state, double flops, Function&& f) {
-  measure(state, flops, "GFLOP/s", "peak_%", peak, f);
-}
-
-template <class Function>
-void measure_bytes(benchmark::State& state, double bytes, Function&& f) {
-  measure(state, bytes, "GB/s", "stream_%", bandwidth, f);
+/// Bytes of n floats.
+inline double floats(index_t n) {
+  return static_cast<double>(n) * sizeof(float);
 }
 
 }  // namespace microtome::bench

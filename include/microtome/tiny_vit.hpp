@@ -30,10 +30,10 @@ public:
     if (ws.trace) record_parts(ws, x);
     ws.parallel((size_.height + rows() - 1) / rows(), [&](index_t task, scratch memory) {
       const index_t y = task * rows();
-      const index_t tokens = std::min(rows(), size_.height - y) * size_.width;
+      const index_t count = std::min(rows(), size_.height - y);
       float* filtered = memory.take<float>(rows() * size_.width * local_conv.channels());
-      convolve_rows(x, y, tokens / size_.width, filtered);
-      feed_forward.rows(tokens, filtered, result.row(y * size_.width), memory);
+      local_conv.rows(size_, x, y, count, filtered);
+      feed_forward.rows(count * size_.width, filtered, result.row(y * size_.width), memory);
     });
     ws.record(name_, result, layout::tokens);
   }
@@ -52,18 +52,6 @@ public:
 private:
   /// Rows of the map that a task takes.
   index_t rows() const { return std::max<index_t>(1, max_rows / size_.width); }
-
-  void convolve_rows(view<const float> x, index_t y, index_t count, float* filtered) const {
-    for (index_t row = y; row < y + count; ++row) {
-      const float* in[3];
-      for (index_t i = 0; i < 3; ++i) {
-        const index_t source = row + i - 1;
-        in[i] = source < 0 || source >= size_.height ? nullptr : x.row(source * size_.width);
-      }
-      local_conv.row(in, size_.width, 0, size_.width, filtered);
-      filtered += size_.width * local_conv.channels();
-    }
-  }
 
   /// The parts one by one: for traces only.
   void record_parts(workspace& ws, view<const float> x) const {

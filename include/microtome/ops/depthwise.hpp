@@ -52,18 +52,26 @@ public:
                                     .act = act});
   }
 
-  /// x is (size.tokens(), channels), result is (size.strided(stride).tokens(), channels).
-  void operator()(workspace& ws, map_size size, view<const float> x, view<float> result,
-                  activation act = activation::none) const {
-    const map_size out = size.strided(stride_);
-    ws.parallel(out.height, [&](index_t y, scratch) {
+  /// Serial: `count` rows of the result's map, from row y on, of x (size.tokens(), channels).
+  void rows(map_size size, view<const float> x, index_t y, index_t count, float* result,
+            activation act = activation::none) const {
+    const index_t width = size.strided(stride_).width;
+    for (index_t last = y + count; y < last; ++y, result += width * channels()) {
       const float* in[3];
       for (index_t i = 0; i < 3; ++i) {
         const index_t source = y * stride_ + i - 1;
         in[i] = source < 0 || source >= size.height ? nullptr : x.row(source * size.width);
       }
-      row(in, size.width, 0, out.width, result.row(y * out.width), act);
-    });
+      row(in, size.width, 0, width, result, act);
+    }
+  }
+
+  /// x is (size.tokens(), channels), result is (size.strided(stride).tokens(), channels).
+  void operator()(workspace& ws, map_size size, view<const float> x, view<float> result,
+                  activation act = activation::none) const {
+    const map_size out = size.strided(stride_);
+    ws.parallel(out.height,
+                [&](index_t y, scratch) { rows(size, x, y, 1, result.row(y * out.width), act); });
   }
 
 private:

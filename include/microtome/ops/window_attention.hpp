@@ -62,7 +62,7 @@ public:
   std::size_t scratch_bytes() const {
     std::size_t bytes = 0;
     for (const window_group& group : groups_) {
-      const index_t n = group.count * shapes_[group.shape].tokens();
+      const index_t n = group.count() * shapes_[group.shape].tokens();
       const index_t keys = shapes_[group.shape].keys;
       bytes = std::max(
           bytes,
@@ -100,8 +100,9 @@ private:
   /// Windows of one shape that a task takes.
   struct window_group {
     std::size_t shape;
-    index_t count;
-    std::array<std::array<index_t, 2>, group_tokens> places;  ///< y and x of the first tokens
+    std::vector<std::array<index_t, 2>> places;  ///< y and x of the windows' first tokens
+
+    index_t count() const { return static_cast<index_t>(places.size()); }
   };
 
   index_t dim() const { return project_.out(); }
@@ -130,16 +131,16 @@ private:
         if (s == shapes_.size()) shapes_.push_back(expand_biases(biases, rows, columns));
         const index_t tokens = shapes_[s].tokens();
         const auto open = std::find_if(groups_.begin(), groups_.end(), [&](const window_group& g) {
-          return g.shape == s && (g.count + 1) * tokens <= group_tokens;
+          return g.shape == s && (g.count() + 1) * tokens <= group_tokens;
         });
         window_group& group =
-            open != groups_.end() ? *open : groups_.emplace_back(window_group{s, 0, {}});
-        group.places[static_cast<std::size_t>(group.count++)] = {y, x};
+            open != groups_.end() ? *open : groups_.emplace_back(window_group{s, {}});
+        group.places.push_back({y, x});
       }
     // Large ones first: the small ones then even out what threads have to do.
     std::stable_sort(
         groups_.begin(), groups_.end(), [&](const window_group& a, const window_group& b) {
-          return a.count * shapes_[a.shape].tokens() > b.count * shapes_[b.shape].tokens();
+          return a.count() * shapes_[a.shape].tokens() > b.count() * shapes_[b.shape].tokens();
         });
   }
 
@@ -178,7 +179,7 @@ private:
     ws.parallel(static_cast<index_t>(groups_.size()), [&](index_t task, scratch memory) {
       const window_group& group = groups_[static_cast<std::size_t>(task)];
       const window_shape& shape = shapes_[group.shape];
-      const index_t n = group.count * shape.tokens();
+      const index_t n = group.count() * shape.tokens();
       const float** from = memory.take<const float*>(n);
       float** to = memory.take<float*>(n);
       float** normed = memory.take<float*>(n);
@@ -198,7 +199,7 @@ private:
       }
       norm_.rows(n, from, normed);
       qkv_.rows(n, normed, qkv);
-      for (index_t w = 0; w < group.count; ++w)
+      for (index_t w = 0; w < group.count(); ++w)
         attend_in_window(shape, qkv + w * shape.tokens(), normed + w * shape.tokens(), memory);
       project_.rows(n, normed, to, activation::none, residual ? from : nullptr);
     });
@@ -245,8 +246,8 @@ private:
   layer_norm norm_;
   linear qkv_;
   linear project_;
-  tensor<float> virtual_qkv_;  // q, k, v per head of the zero-padded token; empty: padding dropped
-  tensor<float> zeros_;        // a padded token, where padding is computed
+  tensor<float> virtual_qkv_;  // padding::exact: q, k, v per head of a padded token
+  tensor<float> zeros_;        // padding::padded: a padded token
   std::vector<window_shape> shapes_;
   std::vector<window_group> groups_;
 };
