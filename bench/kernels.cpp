@@ -2,7 +2,9 @@
 // peak and of the roofline, both measured in the same process with as many threads. "/threads:N"
 // runs N copies side by side, each on data of its own. FLOPs of element-wise kernels are those of
 // their formulas, about: 8 per element for LayerNorm, 20 for softmax, 25 for GELU.
+#include <array>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <string>
 #include <thread>
@@ -64,7 +66,9 @@ constexpr gemm_shape gemm_shapes[] = {
 void gemm(benchmark::State& state, const gemm_shape& s, precision inputs) {
   const kernels::matrix_kernels& matrix = kernel.matrix(inputs);
   const index_t depth = s.taps * s.k;
-  const tensor<float> a = values({s.m, s.k}), b = values({depth, s.n}), bias = values({s.n});
+  const tensor<float> a = values({s.m, s.k}), bias = values({s.n}), scale = values({s.n});
+  tensor<float> b = values({depth, s.n});
+  for (float& v : b) v = std::round(16 * v);  // whole numbers, as int8 has them
   tensor<std::byte> packed(shape{matrix.packed_bytes(depth, s.n)});
   tensor<float> c(shape{s.m, s.n});
   matrix.pack_b(depth, s.n, b.data(), s.n, 1, packed.data());
@@ -73,7 +77,7 @@ void gemm(benchmark::State& state, const gemm_shape& s, precision inputs) {
     for (index_t i = 0; i < s.m; ++i) a_rows.push_back(a.row((i + t) % s.m));
   const auto c_rows = rows_of(c.data(), s.m, s.n);
   const work todo{2.0 * static_cast<double>(s.m * s.n * depth),
-                  floats(s.m * s.k + s.m * s.n + s.n) + static_cast<double>(packed.size())};
+                  floats(s.m * s.k + s.m * s.n + s.n) + static_cast<double>(packed.size()), inputs};
   measure(state, todo, [&] {
     matrix.gemm({.m = s.m,
                  .n = s.n,
@@ -83,7 +87,9 @@ void gemm(benchmark::State& state, const gemm_shape& s, precision inputs) {
                  .b = packed.data(),
                  .c = c_rows.data(),
                  .bias = bias.data(),
-                 .act = s.act});
+                 .act = s.act,
+                 .scale = scale.data(),
+                 .input = {0.02f, 128}});
   });
 }
 
@@ -186,7 +192,8 @@ void add(const std::string& name, Arguments... arguments) {
 
 void register_all() {
   for (const auto& [inputs, suffix] :
-       {std::pair{precision::fp32, ""}, std::pair{precision::bf16, "_bf16"}}) {
+       {std::pair{precision::fp32, ""}, std::pair{precision::bf16, "_bf16"},
+        std::pair{precision::int8, "_int8"}, std::pair{precision::int8_weights, "_int8_weights"}}) {
     for (const gemm_shape& s : gemm_shapes) {
       const std::string size = std::string("/") + s.layer + "/" + size_name(s);
       add(std::string("gemm") + suffix + size, gemm, s, inputs);
@@ -195,6 +202,7 @@ void register_all() {
           add(std::string("gemm_") + peer.name + size,
               [&peer, s](benchmark::State& state) { run_peer(state, peer, s.m, s.n, s.k); });
     }
+    if (inputs == precision::int8 || inputs == precision::int8_weights) continue;
     for (const auto& [n_q, n_k, d] : {std::array<index_t, 3>{49, 49, 32},
                                       {14, 15, 32},
                                       {4, 5, 32},
@@ -239,6 +247,8 @@ int main(int argc, char** argv) {
   for (const int threads : {1, static_cast<int>(std::thread::hardware_concurrency())}) {
     const std::string with = ", " + std::to_string(threads) + " threads";
     benchmark::AddCustomContext("FMA peak, GFLOP/s" + with, std::to_string(peak(threads) / 1e9));
+    benchmark::AddCustomContext("int8 peak, GOP/s" + with,
+                                std::to_string(peak(threads, precision::int8) / 1e9));
     benchmark::AddCustomContext("bandwidth, GB/s" + with, std::to_string(bandwidth(threads) / 1e9));
   }
   benchmark::RunSpecifiedBenchmarks();

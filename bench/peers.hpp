@@ -108,17 +108,18 @@ inline void run_peer(benchmark::State& state, const gemm_peer& peer, index_t m, 
   tensor<float> c(shape{m, n}), ours(shape{m, n});
   const auto product = peer.prepare({m, n, k, a.data(), b.data(), bias.data(), c.data()});
   product();
-  tensor<std::byte> packed(shape{kernel.fp32.packed_bytes(k, n)});
-  kernel.fp32.pack_b(k, n, b.data(), n, 1, packed.data());
+  tensor<std::byte> packed(shape{kernel.matrix(kernels::precision::fp32).packed_bytes(k, n)});
+  kernel.matrix(kernels::precision::fp32).pack_b(k, n, b.data(), n, 1, packed.data());
   const auto a_rows = rows_of(a.data(), m, k);
   const auto c_rows = rows_of(ours.data(), m, n);
-  kernel.fp32.gemm({.m = m,
-                    .n = n,
-                    .k = k,
-                    .a = a_rows.data(),
-                    .b = packed.data(),
-                    .c = c_rows.data(),
-                    .bias = bias.data()});
+  kernel.matrix(kernels::precision::fp32)
+      .gemm({.m = m,
+             .n = n,
+             .k = k,
+             .a = a_rows.data(),
+             .b = packed.data(),
+             .c = c_rows.data(),
+             .bias = bias.data()});
   for (index_t i = 0; i < c.size(); ++i)
     if (!(std::abs(c[i] - ours[i]) < 1e-3f)) {
       state.SkipWithError("computes something else");

@@ -55,11 +55,15 @@ double best_rate(int threads, Function&& f) {
   return best;
 }
 
-/// FLOP/s of the FMA units.
-inline double peak(int threads) {
-  static std::map<int, double> known;
-  auto& rate = known[threads];
-  if (rate == 0) rate = best_rate(threads, [](int) { return kernel.fma_peak(4'000'000); });
+/// Operations per second of the FMA units, or of the instructions of int8 products.
+inline double peak(int threads, kernels::precision factors = kernels::precision::fp32) {
+  static std::map<std::pair<int, bool>, double> known;
+  const bool whole = factors == kernels::precision::int8;
+  auto& rate = known[{threads, whole}];
+  if (rate == 0)
+    rate = best_rate(threads, [&](int) {
+      return whole ? kernel.int8_peak(2'000'000) : kernel.fma_peak(4'000'000);
+    });
   return rate;
 }
 
@@ -84,23 +88,24 @@ inline double bandwidth(int threads) {
 /// What a kernel has to do: operations, and bytes that it must read and write at least once.
 struct work {
   double flops, bytes;
+  kernels::precision factors = kernels::precision::fp32;
 };
 
-/// Runs f once per iteration and reports the rates of all threads together, the share of the FMA
-/// peak, and that of the roof (Williams, Waterman and Patterson, Roofline, 2009): the lower of the
-/// peak and of the bandwidth of memory times the FLOPs per byte. Data in a cache may exceed it.
+/// Runs f once per iteration and reports the rates of all threads together, the share of the peak,
+/// and that of the roof (Williams, Waterman and Patterson, Roofline, 2009): the lower of the peak
+/// and of the bandwidth of memory times the FLOPs per byte. Data in a cache may exceed it.
 template <class Function>
 void measure(benchmark::State& state, work w, Function&& f) {
   for (auto _ : state) f();
   const double runs = static_cast<double>(state.iterations());
-  const double fma = peak(state.threads());
-  const double roof = std::min(fma, bandwidth(state.threads()) * w.flops / w.bytes);
+  const double most = peak(state.threads(), w.factors);
+  const double roof = std::min(most, bandwidth(state.threads()) * w.flops / w.bytes);
   const auto rate = [&](double value) {
     return benchmark::Counter(runs * value, benchmark::Counter::kIsRate);
   };
   state.counters["GFLOP/s"] = rate(w.flops / 1e9);
   state.counters["GB/s"] = rate(w.bytes / 1e9);
-  state.counters["peak_%"] = rate(100 * w.flops / fma);
+  state.counters["peak_%"] = rate(100 * w.flops / most);
   state.counters["roof_%"] = rate(100 * w.flops / roof);
 }
 

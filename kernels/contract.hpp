@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace microtome::kernels {
 
@@ -19,11 +20,27 @@ using std::ptrdiff_t;
 
 enum class activation { none, relu, gelu };
 
-/// What the factors of products are rounded to; everything else is fp32.
-enum class precision { fp32, bf16 };
+/// What the factors of products are kept as; everything else is fp32.
+enum class precision {
+  fp32,
+  bf16,         ///< A and B rounded to 16 bits
+  int8,         ///< A quantised as it is read, B whole numbers; sums are exact
+  int8_weights  ///< B whole numbers times a scale per column; products in fp32
+};
 
-/// The longest sum of a GEMM in bf16, taps * k.
+/// The longest sum of a GEMM, taps * k, but for fp32. (2^31 is 255 * 127 * 66311.)
 inline constexpr ptrdiff_t max_gemm_depth = 16384;
+
+/// How a float x becomes a byte q, which stands for (q - zero_point) * scale:
+///
+///     q = min(max(round(x * (1 / scale)), -zero_point), 255 - zero_point) + zero_point
+///
+/// 1 / scale and the product are rounded to fp32, round() is to the nearest, ties to even. So every
+/// target quantises alike, and zero is exact. 0 <= zero_point <= 255.
+struct quantization {
+  float scale = 1.0f;
+  int zero_point = 0;
+};
 
 /// C = act(sum over t of A[t] * B[t] + bias + residual)
 ///
@@ -31,6 +48,14 @@ inline constexpr ptrdiff_t max_gemm_depth = 16384;
 /// C is (m, n). `bias` (n) and `residual` (m row pointers) may be null; a row of `residual` may be
 /// the same memory as that row of C. Sums run over taps, then k, in order, in fp32, from `bias` on;
 /// in bf16 they take pairs along taps * k, the second of a pair first.
+///
+/// With int8 factors B holds whole numbers from -127 to 127, and `scale` (n) is not null. For int8,
+/// scale[j] is that of `input` times that of B's column j, q the quantised A, and
+///
+///     C = act(fma(float(sum of (q - zero_point) * B), scale, bias) + residual)
+///
+/// where the sum is exact and float() rounds it to the nearest. For int8_weights B's column j is
+/// fp32(B * scale[j]), and then all is as in fp32.
 struct gemm_args {
   ptrdiff_t m, n, k;
   ptrdiff_t taps = 1;
@@ -40,6 +65,8 @@ struct gemm_args {
   const float* bias = nullptr;
   const float* const* residual = nullptr;  ///< [m] pointers to n floats
   activation act = activation::none;
+  const float* scale = nullptr;
+  quantization input{};
 };
 
 /// out[i] = sum over j of softmax_j(scale * q[i].k[j] + bias[i][j]) v[j], for one head.
@@ -66,13 +93,21 @@ struct attention_args {
 ///     out[x] = act(bias + sum over i, j of rows[i][x * stride + first + j - 1] * weights[i][j])
 ///
 /// for 0 <= x < n_out. A null row, or a column outside [0, n_in), counts as zeros.
+///
+/// Element is float, or std::uint8_t for quantised pixels and weights that are whole numbers from
+/// -127 to 127; then
+///
+///     out[x] = act(fma(exact sum of (rows - zero_point) * weights, scale, bias))
+template <class Element>
 struct depthwise_args {
-  const float* rows[3];  ///< each n_in pixels of `channels` floats
+  const Element* rows[3];  ///< each n_in pixels of `channels` elements
   ptrdiff_t n_in, n_out, first, stride, channels;
   const float* weights;  ///< (3, 3, channels)
   const float* bias;     ///< (channels)
   float* out;            ///< n_out pixels
   activation act = activation::none;
+  const float* scale = nullptr;  ///< (channels), quantised only: that of pixels times weights
+  int zero_point = 0;
 };
 
 /// out[i] = act((x[i] - mean(x[i])) / sqrt(var(x[i]) + epsilon) * gamma + beta) over each of `n`
@@ -91,9 +126,9 @@ struct layer_norm_args {
 struct matrix_kernels {
   /// Bytes that pack_b writes for B (k, n).
   ptrdiff_t (*packed_bytes)(ptrdiff_t k, ptrdiff_t n);
-  /// Packs B, given as (k, n) with element (i, j) at b[i * row_stride + j * column_stride], in
-  /// panels of panel_width columns. Columns from a multiple p of panel_width on start at byte
-  /// packed_bytes(k, p).
+  /// Packs B, whole numbers for int8, given as (k, n) with element (i, j) at b[i * row_stride + j *
+  /// column_stride], in panels of panel_width columns. Columns from a multiple p of panel_width on
+  /// start at byte packed_bytes(k, p).
   void (*pack_b)(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
                  ptrdiff_t column_stride, void* packed);
   void (*gemm)(const gemm_args&);
@@ -106,17 +141,23 @@ struct table {
   const char* name;
   const char* description;
 
-  matrix_kernels fp32, bf16;
-  const matrix_kernels& matrix(precision p) const { return p == precision::bf16 ? bf16 : fp32; }
+  /// By precision. Those of int8 do attention in fp32.
+  matrix_kernels matrices[4];
+  const matrix_kernels& matrix(precision p) const { return matrices[static_cast<int>(p)]; }
   /// Whether bf16 runs on instructions of its own; elsewhere it gives the same bits, at the speed
   /// of fp32 at best.
   bool native_bf16;
+  /// Products of bytes that an instruction of int8 GEMM adds up in each 32-bit lane.
+  ptrdiff_t int8_step;
   /// Columns of B that lie side by side in a packed panel.
   ptrdiff_t panel_width;
   /// n_k rounded up to the vector width that attention works in.
   ptrdiff_t (*attention_columns)(ptrdiff_t n_k);
 
-  void (*depthwise3x3)(const depthwise_args&);
+  void (*depthwise3x3)(const depthwise_args<float>&);
+  void (*depthwise3x3_int8)(const depthwise_args<std::uint8_t>&);
+  /// n floats to bytes.
+  void (*quantize)(ptrdiff_t n, const float* x, quantization to, std::uint8_t* out);
   void (*layer_norm)(const layer_norm_args&);
 
   void (*activate)(activation, ptrdiff_t n, const float* x, float* out);
@@ -128,9 +169,10 @@ struct table {
   /// Softmax down each column of `count` dense matrices (rows, columns) that follow each other.
   void (*softmax_columns)(ptrdiff_t count, ptrdiff_t rows, ptrdiff_t columns, float* x);
 
-  /// A chain of dependent-free fused multiply-adds that saturates the units; returns the FLOPs
-  /// done. It measures the peak that `bench` divides by.
+  /// Chains of independent fused multiply-adds, or of int8 products, that saturate the units;
+  /// return the FLOPs done. They measure the peaks that `bench` divides by.
   double (*fma_peak)(ptrdiff_t iterations);
+  double (*int8_peak)(ptrdiff_t iterations);
 };
 
 }  // namespace microtome::kernels

@@ -1,4 +1,4 @@
-/// The packed, blocked GEMM with its epilogue, for fp32 and bf16 factors.
+/// The packed, blocked GEMM with its epilogue, for factors of every precision.
 ///
 /// Loop order, from the outside: blocks of rows (their A stays in L2), panels of B, blocks of k (a
 /// k_block x panel_width piece of B stays in L1), register tiles. B is read from L2 or L3 once per
@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "contract.hpp"
 #include "elementwise.hpp"
@@ -16,18 +17,33 @@
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
 /// A piece of B of this many steps along k fills at most 3/4 of a 32 KiB L1 cache.
-inline constexpr ptrdiff_t k_block =
-    24 * 1024 / (panel_width * static_cast<ptrdiff_t>(sizeof(float)));
+template <class Inputs>
+inline constexpr ptrdiff_t k_block = 24 * 1024 / panel_width /
+                                     static_cast<ptrdiff_t>(std::is_same_v<Inputs, int8_inputs>
+                                                                ? sizeof(int8_inputs::b_element)
+                                                                : sizeof(float));
 /// Rows of A that are swept with one piece of B: a block of A is at most 256 KiB, half an L2.
 inline constexpr ptrdiff_t max_block_rows = 18 * tile_rows;
 inline ptrdiff_t block_rows(ptrdiff_t row_bytes, ptrdiff_t least) {
   return std::clamp(256 * 1024 / row_bytes / tile_rows * tile_rows, least, max_block_rows);
 }
 
+/// Bytes of the sums over each column that follow a panel of whole numbers.
+template <class Inputs>
+inline constexpr ptrdiff_t column_sum_bytes =
+    std::is_integral_v<typename Inputs::sum> ? panel_width * 4 : 0;
+
+/// Bytes of a panel. Panels start at multiples of 64.
+template <class Inputs>
+inline ptrdiff_t panel_bytes(ptrdiff_t k) {
+  const ptrdiff_t elements = steps<Inputs>(k) * panel_width;
+  const auto size = static_cast<ptrdiff_t>(sizeof(typename Inputs::b_element));
+  return round_up(elements * size, 64) + column_sum_bytes<Inputs>;
+}
+
 template <class Inputs>
 inline ptrdiff_t packed_bytes(ptrdiff_t k, ptrdiff_t n) {
-  return steps<Inputs>(k) * round_up(n, panel_width) *
-         static_cast<ptrdiff_t>(sizeof(typename Inputs::b_element));
+  return panel_bytes<Inputs>(k) * (round_up(n, panel_width) / panel_width);
 }
 
 /// Panels of [step][panel_width] elements; missing columns, and what is missing of the last step,
@@ -35,18 +51,24 @@ inline ptrdiff_t packed_bytes(ptrdiff_t k, ptrdiff_t n) {
 template <class Inputs>
 inline void pack_b(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
                    ptrdiff_t column_stride, void* packed) {
-  auto* out = static_cast<typename Inputs::b_element*>(packed);
-  for (ptrdiff_t n0 = 0; n0 < n; n0 += panel_width)
+  auto* panel = static_cast<std::byte*>(packed);
+  for (ptrdiff_t n0 = 0; n0 < n; n0 += panel_width, panel += panel_bytes<Inputs>(k)) {
+    auto* out = reinterpret_cast<typename Inputs::b_element*>(panel);
+    float total[panel_width] = {};
     for (ptrdiff_t i = 0; i < k; i += Inputs::step)
-      for (ptrdiff_t j = n0; j < n0 + panel_width; ++j) {
-        const auto at = [&](ptrdiff_t row) {
-          return row < k && j < n ? b[row * row_stride + j * column_stride] : 0.0f;
-        };
-        if constexpr (Inputs::step == 1)
-          *out++ = at(i);
-        else
-          *out++ = Inputs::pair_of(at(i), at(i + 1));
+      for (ptrdiff_t j = 0; j < panel_width; ++j) {
+        float x[Inputs::step] = {};
+        for (ptrdiff_t s = 0; s < Inputs::step && i + s < k && n0 + j < n; ++s) {
+          x[s] = b[(i + s) * row_stride + (n0 + j) * column_stride];
+          total[j] += x[s];
+        }
+        *out++ = Inputs::pack(x);
       }
+    if constexpr (column_sum_bytes<Inputs> != 0)
+      std::copy_n(total, panel_width,
+                  reinterpret_cast<std::int32_t*>(panel + panel_bytes<Inputs>(k) -
+                                                  column_sum_bytes<Inputs>));
+  }
 }
 
 /// Applies the activation to Rows x panel_width floats that were just stored, all in one loop: its
@@ -100,59 +122,90 @@ struct a_rows {
 template <class Inputs>
 inline void gemm_rows(const gemm_args& args, const a_rows<Inputs>& rows, ptrdiff_t m0,
                       ptrdiff_t m1) {
-  alignas(64) float partial[max_block_rows * panel_width];
-  alignas(64) float bias[panel_width];
-  const ptrdiff_t depth = rows.taps * rows.count;
-  for (ptrdiff_t n0 = 0; n0 < args.n; n0 += panel_width) {
+  using sum = typename Inputs::sum;
+  using b_element = typename Inputs::b_element;
+  constexpr bool whole = std::is_integral_v<sum>;
+  constexpr bool expands = std::is_same_v<Inputs, int8_weight_inputs>;
+  alignas(64) sum partial[max_block_rows * panel_width];
+  alignas(64) sum start[panel_width];
+  alignas(64) float bias[panel_width], scale[panel_width];
+  alignas(64) float expanded[expands ? k_block<Inputs> * panel_width : 1];
+  const ptrdiff_t depth = args.taps * args.k;
+  const auto* panel = static_cast<const std::byte*>(args.b);
+  for (ptrdiff_t n0 = 0; n0 < args.n; n0 += panel_width, panel += panel_bytes<Inputs>(depth)) {
     const ptrdiff_t columns = std::min(panel_width, args.n - n0);
-    const auto* panel = static_cast<const typename Inputs::b_element*>(args.b) + n0 * depth;
     std::fill_n(bias, panel_width, 0.0f);
     if (args.bias) std::copy_n(args.bias + n0, columns, bias);
+    if constexpr (whole || expands) {
+      std::fill_n(scale, panel_width, 0.0f);
+      std::copy_n(args.scale + n0, columns, scale);
+    }
+    if constexpr (whole) {
+      const auto* totals = reinterpret_cast<const std::int32_t*>(
+          panel + panel_bytes<Inputs>(depth) - column_sum_bytes<Inputs>);
+      for (ptrdiff_t j = 0; j < panel_width; ++j) start[j] = Inputs::offset(args.input) * totals[j];
+    } else {
+      std::copy_n(bias, panel_width, start);
+    }
 
     for (ptrdiff_t t = 0; t < rows.taps; ++t)
-      for (ptrdiff_t k0 = 0; k0 < rows.count; k0 += k_block) {
-        const ptrdiff_t k1 = std::min(rows.count, k0 + k_block);
+      for (ptrdiff_t k0 = 0; k0 < rows.count; k0 += k_block<Inputs>) {
+        const ptrdiff_t k1 = std::min(rows.count, k0 + k_block<Inputs>);
         const bool first = t == 0 && k0 == 0;
         const bool last = t == rows.taps - 1 && k1 == rows.count;
-        const auto* piece = panel + (t * rows.count + k0) * panel_width;
+        const auto* packed = reinterpret_cast<const b_element*>(panel);
+        const auto* piece = packed + (t * rows.count + k0) * panel_width;
+        if constexpr (expands) Inputs::expand(k1 - k0, piece, scale, expanded);
         for_tiles(m1 - m0, [&]<ptrdiff_t Rows>(ptrdiff_t row) {
           const ptrdiff_t m = m0 + row;
           const auto* const* a = rows.a + t * rows.stride + row;
-          float* spill = partial + row * panel_width;
-          register_tile<Rows> tile;
-          first ? tile.load(bias, 0) : tile.load(spill, panel_width);
-          tile.template accumulate<Inputs>(k1 - k0, a, k0, piece);
-          last ? finish_tile(tile, args, m, n0, columns) : tile.store(spill, panel_width);
+          sum* spill = partial + row * panel_width;
+          register_tile<Rows, tile_vectors, sum> tile;
+          first ? tile.load(start, 0) : tile.load(spill, panel_width);
+          if constexpr (expands)
+            tile.template accumulate<fp32_inputs>(k1 - k0, a, k0, expanded);
+          else
+            tile.template accumulate<Inputs>(k1 - k0, a, k0, piece);
+          if (!last)
+            tile.store(spill, panel_width);
+          else if constexpr (whole)
+            finish_tile(tile.scaled(scale, bias), args, m, n0, columns);
+          else
+            finish_tile(tile, args, m, n0, columns);
         });
       }
   }
 }
 
-inline void gemm_fp32(const gemm_args& args) {
+/// A is read where it lies.
+template <class Inputs>
+inline void gemm_in_place(const gemm_args& args) {
   const ptrdiff_t depth = args.taps * args.k;
   const ptrdiff_t most = block_rows(depth * static_cast<ptrdiff_t>(sizeof(float)), 4 * tile_rows);
   const ptrdiff_t blocks = (args.m + most - 1) / most;
   for (ptrdiff_t i = 0, m = 0; i < blocks; ++i) {
     const ptrdiff_t end = args.m * (i + 1) / blocks;
-    gemm_rows<fp32_inputs>(args, {args.a + m, args.m, args.taps, args.k}, m, end);
+    gemm_rows<Inputs>(args, {args.a + m, args.m, args.taps, args.k}, m, end);
     m = end;
   }
 }
 
-/// A is rounded block by block, its taps joined to one row.
-inline void gemm_bf16(const gemm_args& args) {
-  using inputs = bf16_inputs;
-  using element = inputs::a_element;
+/// A is converted block by block, its taps joined to one row.
+template <class Inputs>
+inline void gemm_converted(const gemm_args& args) {
+  using element = typename Inputs::a_element;
   constexpr ptrdiff_t room = 128 * 1024 / static_cast<ptrdiff_t>(sizeof(element));
   alignas(64) element converted[room];
   alignas(64) float joined[max_gemm_depth];
   const element* pointers[max_block_rows];
+  const typename Inputs::converter convert(args);
   const ptrdiff_t depth = args.taps * args.k;
-  const ptrdiff_t size = steps<inputs>(depth) * inputs::a_per_step;
-  const ptrdiff_t rows =
+  const ptrdiff_t size = steps<Inputs>(depth) * Inputs::a_per_step;
+  const ptrdiff_t most =
       std::clamp<ptrdiff_t>(room / size / tile_rows * tile_rows, 1, max_block_rows);
-  for (ptrdiff_t m = 0; m < args.m; m += rows) {
-    const ptrdiff_t end = std::min(args.m, m + rows);
+  const ptrdiff_t blocks = (args.m + most - 1) / most;
+  for (ptrdiff_t i = 0, m = 0; i < blocks; ++i) {
+    const ptrdiff_t end = args.m * (i + 1) / blocks;
     for (ptrdiff_t r = m; r < end; ++r) {
       const float* from = args.a[r];
       if (args.taps > 1) {
@@ -161,11 +214,20 @@ inline void gemm_bf16(const gemm_args& args) {
         from = joined;
       }
       element* row = converted + (r - m) * size;
-      inputs::convert_row(depth, from, row);
+      convert(depth, from, row);
       pointers[r - m] = row;
     }
-    gemm_rows<inputs>(args, {pointers, 0, 1, steps<inputs>(depth)}, m, end);
+    gemm_rows<Inputs>(args, {pointers, 0, 1, steps<Inputs>(depth)}, m, end);
+    m = end;
   }
+}
+
+template <class Inputs>
+inline void gemm(const gemm_args& args) {
+  if constexpr (Inputs::converts)
+    gemm_converted<Inputs>(args);
+  else
+    gemm_in_place<Inputs>(args);
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

@@ -1,4 +1,5 @@
-/// What a product's factors are kept as: fp32, or bf16 in pairs along k. Sums are always fp32.
+/// What a product's factors are kept as: fp32, or bf16 in pairs along k, with sums in fp32.
+/// (int8.hpp has the others.)
 ///
 /// bf16 is the upper half of a float (8 bits of mantissa). A dot-product instruction takes a pair
 /// of products per lane, the odd one of the pair first (Intel SDM, VDPBF16PS):
@@ -13,6 +14,7 @@
 #include <bit>
 #include <cstdint>
 
+#include "contract.hpp"
 #include "target.hpp"
 
 #if defined(__AVX512BF16__) && (HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL)
@@ -53,6 +55,7 @@ HWY_INLINE void for_lanes(ptrdiff_t n, Function&& f) {
 }
 
 struct fp32_inputs {
+  using sum = float;
   using a_element = float;
   using b_element = float;  ///< of one step along k and one column
   static constexpr ptrdiff_t a_per_step = 1;
@@ -74,14 +77,15 @@ struct fp32_inputs {
     }
   }
 
-  static float element(float x) {
-    return x;
+  static b_element pack(const float (&x)[step]) {
+    return x[0];
   }
   /// Rows of a panel as they were packed: nothing to do.
   static void finish_panel(ptrdiff_t, ptrdiff_t, float*) {}
 };
 
 struct bf16_inputs {
+  using sum = float;
   using b_element = std::uint32_t;  ///< elements 2i (lower half) and 2i + 1 of a column
   static constexpr ptrdiff_t step = 2;
   static constexpr bool converts = true;
@@ -157,6 +161,14 @@ struct bf16_inputs {
   }
 #endif
 
+  struct converter {
+    explicit converter(const gemm_args&) {}
+    void operator()(ptrdiff_t n, const float* x, a_element* row) const { convert_row(n, x, row); }
+  };
+
+  static b_element pack(const float (&x)[step]) {
+    return pair_of(x[0], x[1]);
+  }
   static std::uint32_t pair_of(float low, float high) {
     const hn::CappedTag<float, 1> one;
     const auto bits = [&](float x) {

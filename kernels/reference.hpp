@@ -65,6 +65,30 @@ inline void gemm_bf16(const gemm_args& args) {
     }
 }
 
+inline std::int32_t quantize(float x, quantization to) {
+  const float scaled = std::nearbyint(x * (1.0f / to.scale));
+  const float least = static_cast<float>(-to.zero_point), most = 255.0f + least;
+  return static_cast<std::int32_t>(std::clamp(scaled, least, most)) + to.zero_point;
+}
+
+/// What the product is in int8, bit for bit where there are fused multiply-adds; without
+/// activation. args.b is (taps * k, n) whole floats, row-major.
+inline void gemm_int8(const gemm_args& args) {
+  const auto* b = static_cast<const float*>(args.b);
+  for (ptrdiff_t i = 0; i < args.m; ++i)
+    for (ptrdiff_t j = 0; j < args.n; ++j) {
+      std::int64_t sum = 0;
+      for (ptrdiff_t at = 0; at < args.taps * args.k; ++at) {
+        const float x = args.a[at / args.k * args.m + i][at % args.k];
+        sum += (quantize(x, args.input) - args.input.zero_point) *
+               static_cast<std::int64_t>(b[at * args.n + j]);
+      }
+      const float bias = args.bias ? args.bias[j] : 0.0f;
+      args.c[i][j] = std::fma(static_cast<float>(sum), args.scale[j], bias);
+      if (args.residual) args.c[i][j] += args.residual[i][j];
+    }
+}
+
 /// Returns the logarithm of the sum of exponentials.
 inline double softmax(ptrdiff_t n, double* x) {
   const double largest = *std::max_element(x, x + n);
@@ -94,7 +118,7 @@ inline void attention(const attention_args& args) {
   }
 }
 
-inline void depthwise3x3(const depthwise_args& args) {
+inline void depthwise3x3(const depthwise_args<float>& args) {
   for (ptrdiff_t x = 0; x < args.n_out; ++x)
     for (ptrdiff_t c = 0; c < args.channels; ++c) {
       double sum = args.bias[c];
@@ -106,6 +130,21 @@ inline void depthwise3x3(const depthwise_args& args) {
                    args.weights[(i * 3 + j) * args.channels + c];
         }
       args.out[x * args.channels + c] = static_cast<float>(activate(args.act, sum));
+    }
+}
+
+inline void depthwise3x3_int8(const depthwise_args<std::uint8_t>& args) {
+  for (ptrdiff_t x = 0; x < args.n_out; ++x)
+    for (ptrdiff_t c = 0; c < args.channels; ++c) {
+      std::int32_t sum = 0;
+      for (ptrdiff_t tap = 0; tap < 9; ++tap) {
+        const ptrdiff_t column = x * args.stride + args.first + tap % 3 - 1;
+        if (args.rows[tap / 3] && column >= 0 && column < args.n_in)
+          sum += (args.rows[tap / 3][column * args.channels + c] - args.zero_point) *
+                 static_cast<std::int32_t>(args.weights[tap * args.channels + c]);
+      }
+      args.out[x * args.channels + c] =
+          std::fma(static_cast<float>(sum), args.scale[c], args.bias[c]);
     }
 }
 

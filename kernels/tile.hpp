@@ -2,6 +2,7 @@
 #pragma once
 
 #include "inputs.hpp"
+#include "int8.hpp"
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
@@ -11,13 +12,13 @@ namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 ///
 /// `panel` has rows of Vectors * lanes elements and vector alignment. Per step along k it loads
 /// Vectors vectors of B, broadcasts Rows elements of A and issues Rows * Vectors FMAs or dot
-/// products: compute bound as long as the panel is in L1.
-template <ptrdiff_t Rows, ptrdiff_t Vectors = tile_vectors>
+/// products: compute bound as long as the panel is in L1. Sum is float or std::int32_t.
+template <ptrdiff_t Rows, ptrdiff_t Vectors = tile_vectors, class Sum = float>
 class register_tile {
 public:
   static constexpr ptrdiff_t width = Vectors * lanes;
 
-  HWY_INLINE void load(const float* start, ptrdiff_t start_stride) {
+  HWY_INLINE void load(const Sum* start, ptrdiff_t start_stride) {
 #pragma GCC unroll 16
     for (ptrdiff_t r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
@@ -43,6 +44,21 @@ public:
     for (ptrdiff_t i = 0; i < count; ++i) Inputs::multiply_add(row, i, panel + i * width, sums_);
   }
 
+  /// float(tile[r][j]) * scale[j] + bias[j], with one rounding of the product and sum.
+  HWY_INLINE register_tile<Rows, Vectors> scaled(const float* scale, const float* bias) const {
+    const float_tag tag;
+    register_tile<Rows, Vectors> out;
+#pragma GCC unroll 2
+    for (ptrdiff_t v = 0; v < Vectors; ++v) {
+      const vector factor = hn::Load(tag, scale + v * lanes);
+      const vector addend = hn::Load(tag, bias + v * lanes);
+#pragma GCC unroll 16
+      for (ptrdiff_t r = 0; r < Rows; ++r)
+        out.sums_[r][v] = hn::MulAdd(hn::ConvertTo(tag, sums_[r][v]), factor, addend);
+    }
+    return out;
+  }
+
   /// tile[r][j] *= factor[r]
   HWY_INLINE void scale(const float (&factor)[Rows]) {
 #pragma GCC unroll 16
@@ -53,12 +69,12 @@ public:
   }
 
   /// out[r * out_stride + j] = tile[r][j]
-  HWY_INLINE void store(float* out, ptrdiff_t out_stride) const {
+  HWY_INLINE void store(Sum* out, ptrdiff_t out_stride) const {
 #pragma GCC unroll 16
     for (ptrdiff_t r = 0; r < Rows; ++r) store_row(r, out + r * out_stride);
   }
 
-  HWY_INLINE void store_row(ptrdiff_t r, float* out) const {
+  HWY_INLINE void store_row(ptrdiff_t r, Sum* out) const {
 #pragma GCC unroll 2
     for (ptrdiff_t v = 0; v < Vectors; ++v) hn::StoreU(sums_[r][v], tag_, out + v * lanes);
   }
@@ -71,8 +87,11 @@ public:
   }
 
 private:
-  static constexpr float_tag tag_{};
-  vector sums_[Rows][Vectors];
+  template <ptrdiff_t, ptrdiff_t, class>
+  friend class register_tile;
+
+  static constexpr hn::Rebind<Sum, float_tag> tag_{};
+  hn::Vec<hn::Rebind<Sum, float_tag>> sums_[Rows][Vectors];
 };
 
 /// Half a panel: what is left of a matrix may need no more, and its sums take half the work.

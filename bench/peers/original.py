@@ -52,12 +52,15 @@ def to_input(box, shape):
     return (np.array(box) * (SIDE / max(shape))).astype(int)
 
 
-def next_box(mask):
-    """Around the mask of the slice before, in pixels of the model's input."""
+def next_box(mask, whole):
+    """Around the mask of the slice before, in pixels of the model's input; `whole` where nothing of it is
+    left there, at which the original fails."""
     height, width = scaled_shape(*mask.shape)
     small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA)
     small = np.pad(small, ((0, SIDE - height), (0, SIDE - width)))
     ys, xs = np.nonzero(small)
+    if not len(ys):
+        return whole
     x0, x1 = max(0, xs.min() - MARGIN), min(SIDE, xs.max() + MARGIN)
     y0, y1 = max(0, ys.min() - MARGIN), min(SIDE, ys.max() + MARGIN)
     return np.array([x0, y0, x1, y1])
@@ -81,7 +84,7 @@ def segment_volume(model, volume, boxes):
         middle = (z0 + z1) // 2
 
         def segment_slice(z, before):
-            box = whole if before is None or found[before].max() == 0 else next_box(found[before])
+            box = whole if before is None else next_box(found[before], whole)
             image = np.repeat(volume[z][..., None], 3, -1)
             found[z] = decode(model, model.image_encoder(preprocess(image)), box, shape)
 

@@ -14,7 +14,10 @@ namespace microtome {
 
 struct load_options {
   padding windows = padding::exact;
-  precision inputs = precision::fp32;  ///< what the factors of products are rounded to
+  /// What the factors of products are rounded to, fp32 or bf16, but for layers that the file has in
+  /// 8 bits.
+  precision inputs = precision::fp32;
+  layer_hook* hook = nullptr;  ///< sees and changes every layer; not kept
 };
 
 /// LiteMedSAM (Ma et al., Segment Anything in Medical Images, 2024): an image is encoded once, then
@@ -44,9 +47,9 @@ public:
   lite_medsam(const safetensors& file, load_options options)
       : config(lite_medsam_config::from(file)),
         inputs(options.inputs),
-        image_encoder(weights(file, inputs), config, options.windows),
-        prompts(weights(file, inputs), config),
-        decoder(weights(file, inputs), config) {}
+        image_encoder(weights(file, inputs, options.hook), config, options.windows),
+        prompts(weights(file, inputs, options.hook), config),
+        decoder(weights(file, inputs, options.hook), config) {}
 
   const lite_medsam_config config;
   const precision inputs;

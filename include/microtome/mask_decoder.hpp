@@ -149,7 +149,9 @@ public:
 private:
   index_t filter() const { return upscale2.out(); }  // channels of the upscaled image
   /// The filters that make masks are products in fp32: what they sum is the result.
-  static const kernels::matrix_kernels& filters_matrix() { return kernels::active().fp32; }
+  static const kernels::matrix_kernels& filters_matrix() {
+    return kernels::active().matrix(precision::fp32);
+  }
   index_t panel_floats() const {
     return filters_matrix().packed_bytes(filter(), mask_tokens_) /
            static_cast<index_t>(sizeof(float));

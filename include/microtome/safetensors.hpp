@@ -72,13 +72,7 @@ public:
   /// The tensor `tensor_name` as fp32; F16 and BF16 are widened. Throws `error` where it is
   /// missing, has another shape than `expected`, another dtype, or holds a NaN or an infinity.
   tensor<float> read(std::string_view tensor_name, shape expected) const {
-    const auto found = entries_.find(tensor_name);
-    if (found == entries_.end())
-      fail(name_, ": tensor '", tensor_name, "' of shape ", to_string(expected), " is missing");
-    const entry& e = found->second;
-    if (!(e.extents == expected))
-      fail(name_, ": tensor '", tensor_name, "' has shape ", to_string(e.extents), ", expected ",
-           to_string(expected));
+    const entry& e = find(tensor_name, expected);
     tensor<float> values(expected);
     widen(tensor_name, e, values);
     for (index_t i = 0; i < values.size(); ++i)
@@ -88,11 +82,37 @@ public:
     return values;
   }
 
+  /// The I8 tensor `tensor_name`, whole numbers from -127 to 127. Throws `error` as `read` does.
+  tensor<float> read_int8(std::string_view tensor_name, shape expected) const {
+    const entry& e = find(tensor_name, expected);
+    if (e.dtype != "I8")
+      fail(name_, ": tensor '", tensor_name, "' has dtype ", e.dtype, ", expected I8");
+    tensor<float> values(expected);
+    for (index_t i = 0; i < values.size(); ++i) {
+      const int whole = std::to_integer<int>(e.bytes[static_cast<std::size_t>(i)]);
+      values[i] = static_cast<float>(static_cast<std::int8_t>(whole));
+      if (values[i] < -127.0f)
+        fail(name_, ": tensor '", tensor_name, "' holds -128 at element ", i,
+             ", expected -127 to 127");
+    }
+    return values;
+  }
+
   /// Tells the system that the mapped pages are not needed for now (the weights have been packed).
   void drop_pages() { file_.drop_pages(); }
 
 private:
   static constexpr std::uint64_t max_header = 64 << 20;
+
+  const entry& find(std::string_view tensor_name, const shape& expected) const {
+    const auto found = entries_.find(tensor_name);
+    if (found == entries_.end())
+      fail(name_, ": tensor '", tensor_name, "' of shape ", to_string(expected), " is missing");
+    if (!(found->second.extents == expected))
+      fail(name_, ": tensor '", tensor_name, "' has shape ", to_string(found->second.extents),
+           ", expected ", to_string(expected));
+    return found->second;
+  }
 
   void parse() {
     if (bytes_.size() < 8)

@@ -32,7 +32,7 @@ public:
       const index_t y = task * rows();
       const index_t count = std::min(rows(), size_.height - y);
       float* filtered = memory.take<float>(rows() * size_.width * local_conv.channels());
-      local_conv.rows(size_, x, y, count, filtered);
+      local_conv.rows(size_, x, y, count, filtered, memory);
       feed_forward.rows(count * size_.width, filtered, result.row(y * size_.width), memory);
     });
     ws.record(name_, result, layout::tokens);
@@ -40,9 +40,10 @@ public:
 
   std::size_t scratch_bytes() const {
     const index_t tokens = rows() * size_.width;
-    return std::max(attention.scratch_bytes(),
-                    scratch::bytes_of<float>(tokens * local_conv.channels()) +
-                        feed_forward.scratch_bytes(tokens));
+    return std::max(
+        attention.scratch_bytes(),
+        scratch::bytes_of<float>(tokens * local_conv.channels()) +
+            std::max(local_conv.scratch_bytes(size_.width), feed_forward.scratch_bytes(tokens)));
   }
 
   window_attention attention;
@@ -58,7 +59,7 @@ private:
     const std::string conv = name_ + ".local_conv", rest = name_ + ".mlp";
     if (!ws.tracing(conv) && !ws.tracing(rest)) return;
     tensor<float> filtered(x.extents()), out(x.extents());
-    local_conv(ws, size_, x, filtered);
+    local_conv(size_, x, filtered);
     ws.record(conv, filtered, layout::pixels, size_.width);
     ws.parallel(size_.height, [&](index_t y, scratch memory) {
       const index_t token = y * size_.width;
@@ -147,7 +148,7 @@ class tiny_vit {
 
 public:
   tiny_vit(const weights& file, const lite_medsam_config& config, padding mode)
-      : embed_hidden(linear::pointwise(file.with(precision::fp32), name_ + ".patch_embed.seq.0.c",
+      : embed_hidden(linear::pointwise(file.kept(), name_ + ".patch_embed.seq.0.c",
                                        config.pixel_channels, config.stages[0].dim / 2)),
         embed(linear::pointwise(file, name_ + ".patch_embed.seq.2.c", config.stages[0].dim / 2,
                                 config.stages[0].dim)),
@@ -190,7 +191,7 @@ public:
 
   static constexpr float norm2d_epsilon = 1e-6f;  // SAM's LayerNorm2d
 
-  linear embed_hidden;  // always fp32: bf16 would lose part of the pixels' 8 bits
+  linear embed_hidden;  // always fp32: 16 or 8 bits would lose some of the pixels' own
   linear embed;
   std::vector<tiny_vit_stage> stages;
   linear neck_project;

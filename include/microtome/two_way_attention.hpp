@@ -23,7 +23,7 @@ public:
         k_proj(file, name + ".k_proj", dim, inner),
         v_proj(file, name + ".v_proj", dim, inner),
         out_proj(file, name + ".out_proj", inner, dim),
-        matrix_(&kernels::active().matrix(file.inputs())),
+        matrix_(&kernels::active().matrix(activations_near(q_proj.inputs()))),
         heads_(heads) {}
 
   index_t heads() const { return heads_; }
@@ -203,12 +203,10 @@ public:
   token_to_image_attention(const weights& file, const std::string& name, index_t dim, index_t inner,
                            index_t heads)
       : heads_(heads),
-        matrix_(&kernels::active().matrix(file.inputs())),
         q_proj_(file, name + ".q_proj", dim, inner),
-        fold_keys_(
-            head_projections::through(file.read(name + ".k_proj.weight", {inner, dim}), heads)),
-        project_values_(
-            head_projections::onto(file.read(name + ".v_proj.weight", {inner, dim}), heads)),
+        matrix_(&kernels::active().matrix(activations_near(q_proj_.inputs()))),
+        fold_keys_(head_projections::through(file.folded(name + ".k_proj", {inner, dim}), heads)),
+        project_values_(head_projections::onto(file.folded(name + ".v_proj", {inner, dim}), heads)),
         value_bias_(file.read(name + ".v_proj.bias", {inner})),
         out_proj_(file, name + ".out_proj", inner, dim) {}
 
@@ -307,8 +305,8 @@ private:
   }
 
   index_t heads_ = 0;
-  const kernels::matrix_kernels* matrix_ = nullptr;
   linear q_proj_;
+  const kernels::matrix_kernels* matrix_ = nullptr;
   head_projections fold_keys_, project_values_;
   tensor<float> value_bias_;
   linear out_proj_;
@@ -326,18 +324,17 @@ public:
   image_to_token_attention(const weights& file, const std::string& name, const std::string& norm,
                            index_t dim, index_t inner, index_t heads, bool first)
       : heads_(heads),
-        matrix_(&kernels::active().matrix(file.inputs())),
         k_proj_(file, name + ".k_proj", dim, inner),
         v_proj_(file, name + ".v_proj", dim, inner),
+        matrix_(&kernels::active().matrix(activations_near(k_proj_.inputs()))),
         fold_values_(
-            head_projections::out_of(file.read(name + ".out_proj.weight", {dim, inner}), heads)),
+            head_projections::out_of(file.folded(name + ".out_proj", {dim, inner}), heads)),
         out_bias_(file.read(name + ".out_proj.bias", {dim})),
         norm_(file, norm, dim) {
     if (first) {
       q_proj_.emplace(file, name + ".q_proj", dim, inner);
     } else {
-      fold_keys_ =
-          head_projections::through(file.read(name + ".q_proj.weight", {inner, dim}), heads);
+      fold_keys_ = head_projections::through(file.folded(name + ".q_proj", {inner, dim}), heads);
       query_bias_ = file.read(name + ".q_proj.bias", {inner});
     }
   }
@@ -454,11 +451,11 @@ private:
   }
 
   index_t heads_ = 0;
-  const kernels::matrix_kernels* matrix_ = nullptr;
   std::optional<linear> q_proj_;  // first layer only, which has no use for the next two
   head_projections fold_keys_;
   tensor<float> query_bias_;
   linear k_proj_, v_proj_;
+  const kernels::matrix_kernels* matrix_ = nullptr;
   head_projections fold_values_;
   tensor<float> out_bias_;
   layer_norm norm_;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <string>
 
 #include <kernels/table.hpp>
@@ -8,25 +9,119 @@
 namespace microtome {
 
 using kernels::precision;
+using kernels::quantization;
 
-/// Where layers read their weights, and what they keep the factors of their products as.
+/// Sees what a layer multiplies, to learn its range. From several threads at once.
+class input_observer {
+public:
+  virtual ~input_observer() = default;
+  virtual void see(index_t rows, index_t columns, const float* const* x) = 0;
+};
+
+/// A layer's weight, and what its product is computed in.
+struct layer_weight {
+  std::string name;  ///< module path
+  precision inputs = precision::fp32;
+  tensor<float> values;  ///< whole numbers for int8 and int8_weights
+  tensor<float> scale;   ///< those of the output channels, (out), for int8 and int8_weights
+  int out_axis = 0;      ///< which axis of `values` the output channels are
+  bool folded = false;   ///< multiplied into others at load: may be stored in 8 bits, no more
+  quantization input{};  ///< for int8
+  input_observer* observer = nullptr;
+
+  index_t out() const { return values.extent(out_axis); }
+  bool quantized() const { return inputs == precision::int8 || inputs == precision::int8_weights; }
+  /// The output channel of element i.
+  index_t channel(index_t i) const {
+    index_t inner = 1;
+    for (int axis = out_axis + 1; axis < values.extents().rank(); ++axis)
+      inner *= values.extent(axis);
+    return i / inner % out();
+  }
+  /// What it stands for: values times scale.
+  tensor<float> dequantized() const {
+    tensor<float> out = values;
+    if (quantized())
+      for (index_t i = 0; i < out.size(); ++i) out[i] *= scale[channel(i)];
+    return out;
+  }
+};
+
+/// Changes layers as a model is loaded.
+class layer_hook {
+public:
+  virtual ~layer_hook() = default;
+  /// Called once for each layer, as it is in the file.
+  virtual void load(layer_weight& layer) = 0;
+};
+
+/// Where layers read their weights. A layer `<name>` is in 8 bits where `<name>.weight` is I8; then
+/// there is `<name>.weight_scale` (out) and, if its input is quantised too, `<name>.input_scale`
+/// and `<name>.input_zero_point` (1).
 class weights {
 public:
-  weights(const safetensors& file, precision inputs = precision::fp32)
-      : file_(&file), inputs_(inputs) {}
+  weights(const safetensors& file, precision inputs = precision::fp32, layer_hook* hook = nullptr)
+      : file_(&file), inputs_(inputs), hook_(hook) {}
 
-  precision inputs() const { return inputs_; }
-  /// The same weights with products in another precision.
-  weights with(precision inputs) const { return {*file_, inputs}; }
+  /// The same weights for layers that stay in fp32.
+  weights kept() const { return weights(*file_); }
 
-  /// See safetensors::read.
+  /// A tensor that no product takes, in fp32. See safetensors::read.
   tensor<float> read(const std::string& name, shape expected) const {
     return file_->read(name, expected);
   }
 
+  /// `<name>.weight`.
+  layer_weight layer(const std::string& name, shape expected, int out_axis = 0) const {
+    return load(name, expected, out_axis, false);
+  }
+
+  /// The same in fp32, for a layer that is multiplied into others.
+  tensor<float> folded(const std::string& name, shape expected) const {
+    return load(name, expected, 0, true).dequantized();
+  }
+
+private:
+  layer_weight load(const std::string& name, shape expected, int out_axis, bool folded) const {
+    const std::string stored = name + ".weight";
+    layer_weight layer;
+    layer.name = name;
+    layer.inputs = inputs_;
+    layer.out_axis = out_axis;
+    layer.folded = folded;
+    if (file_->contains(stored + "_scale")) {
+      layer.inputs =
+          file_->contains(name + ".input_scale") ? precision::int8 : precision::int8_weights;
+      layer.values = file_->read_int8(stored, expected);
+      layer.scale = file_->read(stored + "_scale", {layer.out()});
+      if (layer.inputs == precision::int8) layer.input = read_input(name);
+    } else {
+      layer.values = file_->read(stored, expected);
+    }
+    if (hook_) hook_->load(layer);
+    return layer;
+  }
+
+  quantization read_input(const std::string& name) const {
+    const float scale = file_->read(name + ".input_scale", {1})[0];
+    const float zero_point = file_->read(name + ".input_zero_point", {1})[0];
+    if (!(scale >= least_scale && scale <= 1 / least_scale))
+      fail(file_->name(), ": tensor '", name, ".input_scale' is ", scale, ", expected ",
+           least_scale, " to ", 1 / least_scale);
+    if (!(zero_point >= 0 && zero_point <= 255 && zero_point == std::floor(zero_point)))
+      fail(file_->name(), ": tensor '", name, ".input_zero_point' is ", zero_point,
+           ", expected a whole number from 0 to 255");
+    return {scale, static_cast<int>(zero_point)};
+  }
+
+public:
+  /// Of an input: scales and their inverses are far from where fp32 ends.
+  static constexpr float least_scale = 1e-20f;
+
 private:
   const safetensors* file_;
   precision inputs_;
+  layer_hook* hook_;
 };
 
 }  // namespace microtome

@@ -59,9 +59,10 @@ void check(const gemm_case& g) {
   };
   run(kernels::reference::gemm, b.data(), slow);
   // Partial sums grow with the root of k, and so does the rounding of each of the k additions.
-  CHECK(max_error(run_packed(kernel.fp32), slow) <= 1.5e-7 * static_cast<double>(depth) + 3e-6);
+  CHECK(max_error(run_packed(kernel.matrix(kernels::precision::fp32)), slow) <=
+        1.5e-7 * static_cast<double>(depth) + 3e-6);
   // bf16 is off by 2^-9 at most in each factor.
-  const tensor<float> rounded = run_packed(kernel.bf16);
+  const tensor<float> rounded = run_packed(kernel.matrix(kernels::precision::bf16));
   CHECK(max_error(rounded, slow) <= 0.02 * std::sqrt(static_cast<double>(depth)) + 0.02);
   if (g.residual || g.act != kernels::activation::none || !has_fma()) return;
   run(kernels::reference::gemm_bf16, b.data(), slow);
@@ -144,7 +145,7 @@ TEST_CASE("bf16 rounds to even, keeps signs, infinities and what is not a number
                                 -1.005f, 3.0e38f,       -3.4e38f, infinity,    -infinity,
                                 1e-38f,  -1.17549e-38f, 1.2e-38f, 65504.0f,    0.1f};
   const index_t count = static_cast<index_t>(x.size());
-  const kernels::matrix_kernels& matrix = kernels::active().bf16;
+  const kernels::matrix_kernels& matrix = kernels::active().matrix(kernels::precision::bf16);
   const float one = 1.0f, beyond = NAN;
   tensor<std::byte> packed(shape{matrix.packed_bytes(1, 1)});
   matrix.pack_b(1, 1, &one, 1, 1, packed.data());

@@ -10,7 +10,8 @@ namespace microtome {
 namespace detail {
 
 /// Packs the weight (out, in, h, w) of a convolution for a GEMM over h * w taps of `in` channels.
-inline packed_weight pack_taps(precision inputs, const tensor<float>& weight) {
+inline packed_weight pack_taps(const layer_weight& layer) {
+  const tensor<float>& weight = layer.values;
   const index_t out = weight.extent(0), in = weight.extent(1);
   const index_t taps = weight.extent(2) * weight.extent(3);
   tensor<float> taps_first(shape{taps, in, out});
@@ -18,7 +19,7 @@ inline packed_weight pack_taps(precision inputs, const tensor<float>& weight) {
     for (index_t i = 0; i < in; ++i)
       for (index_t tap = 0; tap < taps; ++tap)
         taps_first[(tap * in + i) * out + o] = weight[(o * in + i) * taps + tap];
-  return packed_weight(inputs, taps * in, out, taps_first.data(), out, 1);
+  return packed_weight(layer, taps * in, out, taps_first.data(), out, 1);
 }
 
 }  // namespace detail
@@ -32,7 +33,7 @@ public:
   /// Reads `<name>.weight` (out, in, 3, 3).
   convolution3x3(const weights& file, const std::string& name, index_t in, index_t out)
       : in_(in), zeros_(shape{in}) {
-    weight_ = detail::pack_taps(file.inputs(), file.read(name + ".weight", {out, in, 3, 3}));
+    weight_ = detail::pack_taps(file.layer(name, {out, in, 3, 3}));
   }
 
   index_t out() const { return weight_.width(); }
@@ -72,7 +73,7 @@ public:
   /// Reads `<name>.weight` (out, in, 2, 2) and `<name>.bias` (out).
   convolution2x2(const weights& file, const std::string& name, index_t in, index_t out)
       : in_(in), bias_(file.read(name + ".bias", {out})) {
-    weight_ = detail::pack_taps(file.inputs(), file.read(name + ".weight", {out, in, 2, 2}));
+    weight_ = detail::pack_taps(file.layer(name, {out, in, 2, 2}));
   }
 
   index_t out() const { return weight_.width(); }
@@ -118,16 +119,16 @@ public:
   /// Reads `<name>.weight` (in, out, 2, 2) and `<name>.bias` (out).
   transposed_convolution2x2(const weights& file, const std::string& name, index_t in, index_t out)
       : out_(out), bias_(shape{2 * out}) {
-    const tensor<float> read = file.read(name + ".weight", {in, out, 2, 2});
+    const layer_weight layer = file.layer(name, {in, out, 2, 2}, 1);
     const tensor<float> bias = file.read(name + ".bias", {out});
     tensor<float> pair(shape{in, 2 * out});  // for dy: columns of dx = 0, then of dx = 1
     for (index_t dy = 0; dy < 2; ++dy) {
       for (index_t i = 0; i < in; ++i)
         for (index_t dx = 0; dx < 2; ++dx)
           for (index_t o = 0; o < out; ++o)
-            pair[i * 2 * out + dx * out + o] = read[((i * out + o) * 2 + dy) * 2 + dx];
+            pair[i * 2 * out + dx * out + o] = layer.values[((i * out + o) * 2 + dy) * 2 + dx];
       weight_[static_cast<std::size_t>(dy)] =
-          packed_weight(file.inputs(), in, 2 * out, pair.data(), 2 * out, 1);
+          packed_weight(layer, in, 2 * out, pair.data(), 2 * out, 1);
     }
     for (index_t o = 0; o < out; ++o) bias_[o] = bias_[out + o] = bias[o];
   }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <string>
 
 #include <microtome/ops/linear.hpp>
@@ -19,65 +20,122 @@ struct map_size {
 };
 
 /// Depthwise 3x3 convolution with padding 1, stride 1 or 2, over token-major pixels.
+///
+/// Quantised, it reads bytes: `take` makes them, once for the three rows of output that look at a
+/// row of input.
 class depthwise3x3 {
 public:
   depthwise3x3() = default;
 
-  /// Reads `<name>.weight` (channels, 1, 3, 3) and `<name>.bias` (channels).
+  /// Reads `<name>.weight` (channels, 1, 3, 3) and `<name>.bias` (channels). There are no products
+  /// in bf16, nor for 8-bit weights alone: those are multiplied in fp32.
   depthwise3x3(const weights& file, const std::string& name, index_t channels, index_t stride)
       : stride_(stride),
         weights_(shape{9, channels}),
         bias_(file.read(name + ".bias", {channels})) {
-    const tensor<float> read = file.read(name + ".weight", {channels, 1, 3, 3});
+    const layer_weight layer = file.layer(name, {channels, 1, 3, 3});
+    observer_ = layer.observer;
+    const tensor<float> read = layer.inputs == precision::int8 ? layer.values : layer.dequantized();
     for (index_t c = 0; c < channels; ++c)
       for (index_t tap = 0; tap < 9; ++tap) weights_[tap * channels + c] = read[c * 9 + tap];
+    if (layer.inputs != precision::int8) return;
+    input_ = layer.input;
+    scale_ = tensor<float>(shape{channels});
+    for (index_t c = 0; c < channels; ++c) scale_[c] = layer.scale[c] * input_.scale;
   }
 
   index_t channels() const { return bias_.size(); }
   index_t stride() const { return stride_; }
+  bool quantized() const { return !scale_.empty(); }
 
-  /// Serial: `n_out` pixels of one row from three rows of `n_in` pixels (null: zeros). The centre
-  /// of output x is input column x * stride + first.
-  void row(const float* const (&in)[3], index_t n_in, index_t first, index_t n_out, float* result,
-           activation act = activation::none) const {
-    kernels::active().depthwise3x3({.rows = {in[0], in[1], in[2]},
-                                    .n_in = n_in,
-                                    .n_out = n_out,
-                                    .first = first,
-                                    .stride = stride_,
-                                    .channels = channels(),
-                                    .weights = weights_.data(),
-                                    .bias = bias_.data(),
-                                    .out = result,
-                                    .act = act});
+  /// Bytes of `count` pixels as `row` reads them.
+  index_t bytes(index_t count) const {
+    return count * channels() * static_cast<index_t>(quantized() ? 1 : sizeof(float));
+  }
+  /// Makes `count` pixels what `row` reads. `out` may be x where they stay floats.
+  void take(index_t count, const float* x, std::byte* out) const {
+    observe(count, x);
+    if (quantized())
+      kernels::active().quantize(count * channels(), x, input_,
+                                 reinterpret_cast<std::uint8_t*>(out));
+    else if (reinterpret_cast<const std::byte*>(x) != out)
+      std::copy_n(x, count * channels(), reinterpret_cast<float*>(out));
+  }
+
+  /// Serial: `n_out` pixels of one row from three rows of `n_in` pixels (null: zeros) that `take`
+  /// made. The centre of output x is input column x * stride + first.
+  void row(const std::byte* const (&in)[3], index_t n_in, index_t first, index_t n_out,
+           float* result, activation act = activation::none) const {
+    quantized()
+        ? kernels::active().depthwise3x3_int8(
+              arguments<std::uint8_t>(in, n_in, first, n_out, result, act))
+        : kernels::active().depthwise3x3(arguments<float>(in, n_in, first, n_out, result, act));
+  }
+
+  /// Scratch that `rows` takes for a map of this width.
+  std::size_t scratch_bytes(index_t width) const {
+    return quantized() ? scratch::bytes_of<std::byte>(3 * bytes(width)) : 0;
   }
 
   /// Serial: `count` rows of the result's map, from row y on, of x (size.tokens(), channels).
   void rows(map_size size, view<const float> x, index_t y, index_t count, float* result,
-            activation act = activation::none) const {
+            scratch memory, activation act = activation::none) const {
     const index_t width = size.strided(stride_).width;
+    std::byte* ring = quantized() ? memory.take<std::byte>(3 * bytes(size.width)) : nullptr;
+    index_t next = std::max<index_t>(0, y * stride_ - 1);  // first row not yet taken
     for (index_t last = y + count; y < last; ++y, result += width * channels()) {
-      const float* in[3];
+      const std::byte* in[3] = {};
       for (index_t i = 0; i < 3; ++i) {
         const index_t source = y * stride_ + i - 1;
-        in[i] = source < 0 || source >= size.height ? nullptr : x.row(source * size.width);
+        if (source < 0 || source >= size.height) continue;
+        const float* from = x.row(source * size.width);
+        std::byte* slot = ring + source % 3 * bytes(size.width);
+        if (source >= next) ring ? take(size.width, from, slot) : observe(size.width, from);
+        next = std::max(next, source + 1);
+        in[i] = ring ? slot : reinterpret_cast<const std::byte*>(from);
       }
       row(in, size.width, 0, width, result, act);
     }
   }
 
-  /// x is (size.tokens(), channels), result is (size.strided(stride).tokens(), channels).
-  void operator()(workspace& ws, map_size size, view<const float> x, view<float> result,
-                  activation act = activation::none) const {
-    const map_size out = size.strided(stride_);
-    ws.parallel(out.height,
-                [&](index_t y, scratch) { rows(size, x, y, 1, result.row(y * out.width), act); });
+  /// Serial, and allocates: for traces. x is (size.tokens(), channels), result is
+  /// (size.strided(stride).tokens(), channels).
+  void operator()(map_size size, view<const float> x, view<float> result) const {
+    tensor<std::byte> memory(shape{static_cast<index_t>(scratch_bytes(size.width))});
+    rows(size, x, 0, size.strided(stride_).height, result.data(),
+         scratch({memory.data(), static_cast<std::size_t>(memory.size())}));
   }
 
 private:
+  void observe(index_t count, const float* x) const {
+    if (observer_) observer_->see(1, count * channels(), &x);
+  }
+
+  template <class Element>
+  kernels::depthwise_args<Element> arguments(const std::byte* const (&in)[3], index_t n_in,
+                                             index_t first, index_t n_out, float* result,
+                                             activation act) const {
+    const auto as = [](const std::byte* row) { return reinterpret_cast<const Element*>(row); };
+    return {.rows = {as(in[0]), as(in[1]), as(in[2])},
+            .n_in = n_in,
+            .n_out = n_out,
+            .first = first,
+            .stride = stride_,
+            .channels = channels(),
+            .weights = weights_.data(),
+            .bias = bias_.data(),
+            .out = result,
+            .act = act,
+            .scale = quantized() ? scale_.data() : nullptr,
+            .zero_point = input_.zero_point};
+  }
+
   index_t stride_ = 1;
   tensor<float> weights_;  // (3, 3, channels)
   tensor<float> bias_;     // (channels)
+  tensor<float> scale_;    // (channels), where it is quantised: of pixels times weights
+  quantization input_{};
+  input_observer* observer_ = nullptr;
 };
 
 }  // namespace microtome

@@ -30,6 +30,11 @@ struct row_pointers : std::array<T*, max_rows> {
   }
 };
 
+/// What products of activations with each other are computed in, near a layer of that precision.
+constexpr precision activations_near(precision inputs) {
+  return inputs == precision::bf16 ? precision::bf16 : precision::fp32;
+}
+
 /// A weight matrix in the kernels' order: the B of out = act(in * B + bias + residual).
 class packed_weight {
 public:
@@ -37,30 +42,49 @@ public:
   /// Packs B (k, n), element (i, j) at b[i * row_stride + j * column_stride].
   packed_weight(precision inputs, index_t k, index_t n, const float* b, index_t row_stride,
                 index_t column_stride)
-      : matrix_(&kernels::active().matrix(inputs)),
-        depth_(k),
-        width_(n),
-        packed_(shape{matrix_->packed_bytes(k, n)}) {
+      : inputs_(inputs), depth_(k), width_(n), packed_(shape{matrix().packed_bytes(k, n)}) {
     if (k > kernels::max_gemm_depth)
       fail("a layer of ", k, " inputs, at most ", kernels::max_gemm_depth, " are possible");
-    matrix_->pack_b(k, n, b, row_stride, column_stride, packed_.data());
+    matrix().pack_b(k, n, b, row_stride, column_stride, packed_.data());
+  }
+  /// The same of the values of a layer, rearranged: column j belongs to output channel j mod out.
+  packed_weight(const layer_weight& layer, index_t k, index_t n, const float* b, index_t row_stride,
+                index_t column_stride)
+      : packed_weight(layer.inputs, k, n, b, row_stride, column_stride) {
+    observer_ = layer.observer;
+    if (!layer.quantized()) return;
+    input_ = layer.input;
+    scale_ = tensor<float>(shape{n});
+    for (index_t j = 0; j < n; ++j) {
+      scale_[j] = layer.scale[j % layer.out()];
+      if (inputs_ == precision::int8) scale_[j] *= input_.scale;
+    }
   }
 
+  precision inputs() const { return inputs_; }
   index_t depth() const { return depth_; }  ///< k, over all taps
   index_t width() const { return width_; }  ///< n
 
   /// Serial: kernels::gemm with args.b the columns from `column` on, which must be a multiple of
   /// the kernels' panel width.
   void multiply(kernels::gemm_args args, index_t column = 0) const {
-    args.b = packed_.data() + matrix_->packed_bytes(depth_, column);
-    matrix_->gemm(args);
+    args.b = packed_.data() + matrix().packed_bytes(depth_, column);
+    if (!scale_.empty()) args.scale = scale_.data() + column;
+    args.input = input_;
+    if (observer_ && column == 0) observer_->see(args.m * args.taps, args.k, args.a);
+    matrix().gemm(args);
   }
 
 private:
-  const kernels::matrix_kernels* matrix_ = nullptr;
+  const kernels::matrix_kernels& matrix() const { return kernels::active().matrix(inputs_); }
+
+  precision inputs_ = precision::fp32;
   index_t depth_ = 0;
   index_t width_ = 0;
   tensor<std::byte> packed_;
+  tensor<float> scale_;  // (n), for int8: see kernels::gemm_args
+  quantization input_{};
+  input_observer* observer_ = nullptr;
 };
 
 /// out = act(x W^T + b + residual): a fully connected layer over tokens, and so a 1x1 convolution.
@@ -79,6 +103,7 @@ public:
     return linear(file, name, shape{out, in, 1, 1}, with_bias);
   }
 
+  precision inputs() const { return weight_.inputs(); }
   index_t in() const { return weight_.depth(); }
   index_t out() const { return weight_.width(); }
 
@@ -128,8 +153,8 @@ private:
   linear(const weights& file, const std::string& name, shape weight_shape, bool with_bias) {
     const index_t out = weight_shape[0];
     const index_t in = weight_shape[1];
-    const tensor<float> weight = file.read(name + ".weight", weight_shape);
-    weight_ = packed_weight(file.inputs(), in, out, weight.data(), 1, in);
+    const layer_weight weight = file.layer(name, weight_shape);
+    weight_ = packed_weight(weight, in, out, weight.values.data(), 1, in);
     if (with_bias) bias_ = file.read(name + ".bias", {out});
   }
 

@@ -47,9 +47,9 @@ public:
         size_(size),
         heads_(heads),
         window_(window),
-        matrix_(&kernels::active().matrix(file.inputs())),
         norm_(file, name + ".norm", dim),
         qkv_(file, name + ".qkv", dim, 3 * dim),
+        matrix_(&kernels::active().matrix(activations_near(qkv_.inputs()))),
         project_(file, name + ".proj", dim, dim) {
     const tensor<float> biases = file.read(name + ".attention_biases", {heads, window * window});
     if (mode == padding::exact) find_virtual_key();
@@ -242,9 +242,9 @@ private:
   map_size size_;
   index_t heads_ = 0;
   index_t window_ = 0;
-  const kernels::matrix_kernels* matrix_ = nullptr;
   layer_norm norm_;
   linear qkv_;
+  const kernels::matrix_kernels* matrix_ = nullptr;
   linear project_;
   tensor<float> virtual_qkv_;  // padding::exact: q, k, v per head of a padded token
   tensor<float> zeros_;        // padding::padded: a padded token
