@@ -10,6 +10,7 @@
 #include <CLI/CLI.hpp>
 
 #include <microtome/ops/window_attention.hpp>
+#include <microtome/scheme.hpp>
 
 namespace microtome::app {
 
@@ -20,6 +21,8 @@ command add_trace(CLI::App& app);
 command add_bench(CLI::App& app);
 command add_eval(CLI::App& app);
 command add_info(CLI::App& app);
+command add_calibrate(CLI::App& app);
+command add_quantize(CLI::App& app);
 
 /// Adds the option --precision.
 inline void add_precision(CLI::App& app, precision& inputs) {
@@ -39,10 +42,6 @@ inline void add_padding(CLI::App& app, padding& windows) {
                  "gives what exact gives and takes longer")
       ->transform(CLI::CheckedTransformer(names).description("{exact,dropped,padded}"))
       ->default_str("exact");
-}
-
-inline const char* name_of(precision inputs) {
-  return inputs == precision::bf16 ? "bf16" : "fp32";
 }
 
 /// What the user asked for makes no sense, though the parser could read it.

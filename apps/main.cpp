@@ -19,6 +19,9 @@ int main(int argc, char** argv) {
   add("trace", "write every intermediate result of one case", add_trace);
   add("bench", "measure latency, GFLOP/s and the share of the machine's peak", add_bench);
   add("eval", "compare segmentations with ground truth", add_eval);
+  add("calibrate", "record the ranges of a model's activations over a folder of cases",
+      add_calibrate);
+  add("quantize", "write a model with layers in 8 bits", add_quantize);
   add("info", "show the CPU target and what a model file holds", add_info);
 
   try {

@@ -192,9 +192,7 @@ struct int8_inputs {
 struct int8_weight_inputs : fp32_inputs {
   using b_element = std::int8_t;
 
-  static b_element pack(const float (&x)[1]) {
-    return static_cast<b_element>(x[0]);
-  }
+  static b_element pack(const float (&x)[1]) { return static_cast<b_element>(x[0]); }
 
   /// `count` rows of a panel, times the scales of their columns.
   static void expand(ptrdiff_t count, const b_element* piece, const float* scale, float* out) {

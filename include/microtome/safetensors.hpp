@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <map>
@@ -68,6 +69,24 @@ public:
   const std::map<std::string, entry, std::less<>>& tensors() const { return entries_; }
   const std::map<std::string, std::string, std::less<>>& metadata() const { return metadata_; }
   bool contains(std::string_view tensor_name) const { return entries_.contains(tensor_name); }
+
+  /// A number that tells this file's tensors from others': FNV-1a over names, shapes and bytes,
+  /// eight at a time.
+  std::string fingerprint() const {
+    std::uint64_t hash = 0xcbf29ce484222325;
+    const auto mix = [&](std::uint64_t word) { hash = (hash ^ word) * 0x100000001b3; };
+    for (const auto& [name, e] : entries_) {
+      for (const char c : name + to_string(e.extents)) mix(static_cast<unsigned char>(c));
+      for (std::size_t i = 0; i < e.bytes.size(); i += 8) {
+        std::uint64_t word = 0;
+        std::memcpy(&word, e.bytes.data() + i, std::min<std::size_t>(8, e.bytes.size() - i));
+        mix(word);
+      }
+    }
+    char text[17];
+    std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash));
+    return text;
+  }
 
   /// The tensor `tensor_name` as fp32; F16 and BF16 are widened. Throws `error` where it is
   /// missing, has another shape than `expected`, another dtype, or holds a NaN or an infinity.

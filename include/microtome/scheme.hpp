@@ -49,8 +49,7 @@ struct layer_place {
   std::string text() const { return fields[0] + ":" + fields[1] + ":" + fields[2]; }
 };
 
-inline constexpr std::array<const char*, 4> precision_names{"fp32", "bf16", "int8",
-                                                            "int8-weights"};
+inline constexpr std::array<const char*, 4> precision_names{"fp32", "bf16", "int8", "int8-weights"};
 inline const char* name_of(precision p) {
   return precision_names[static_cast<std::size_t>(p)];
 }
@@ -128,8 +127,8 @@ private:
 
   void add_rules(std::string_view text) {
     for (const std::string& part : split(text, ',')) {
-      const auto name = std::find_if(named.begin(), named.end(),
-                                     [&](const auto& n) { return part == n[0]; });
+      const auto name =
+          std::find_if(named.begin(), named.end(), [&](const auto& n) { return part == n[0]; });
       const std::size_t equals = part.find('=');
       if (name != named.end())
         add_rules((*name)[1]);
@@ -143,8 +142,8 @@ private:
 
   void add_rule(const std::string& text, std::string_view pattern, const std::string& chosen) {
     const std::vector<std::string> fields = split(pattern, ':');
-    if (fields.size() != 3 || std::any_of(fields.begin(), fields.end(),
-                                          [](const std::string& f) { return f.empty(); }))
+    if (fields.size() != 3 ||
+        std::any_of(fields.begin(), fields.end(), [](const std::string& f) { return f.empty(); }))
       fail("scheme: '", text, "': expected stage:block:layer=PRECISION");
     rules_.push_back({text, {fields[0], fields[1], fields[2]}, parse_precision(chosen, text)});
   }
@@ -168,9 +167,8 @@ private:
     const bool negated = list.starts_with('!');
     if (negated) list.remove_prefix(1);
     const std::vector<std::string> patterns = split(list, '|');
-    return negated != std::any_of(patterns.begin(), patterns.end(), [&](const std::string& p) {
-             return matches_glob(p, text);
-           });
+    return negated != std::any_of(patterns.begin(), patterns.end(),
+                                  [&](const std::string& p) { return matches_glob(p, text); });
   }
 
   /// Linear in practice and never exponential: a star is only ever retried from the last one.

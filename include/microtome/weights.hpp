@@ -97,6 +97,10 @@ private:
       if (layer.inputs == precision::int8) layer.input = read_input(name);
     } else {
       layer.values = file_->read(stored, expected);
+      // In a file with a scheme, bf16 is what the layer is computed in, too.
+      if (file_->metadata().contains("scheme") &&
+          file_->tensors().find(stored)->second.dtype == "BF16")
+        layer.inputs = precision::bf16;
     }
     if (hook_) hook_->load(layer);
     return layer;

@@ -163,9 +163,9 @@ TEST_CASE("int8 gemm applies activations as the element-wise kernel does") {
 }
 
 TEST_CASE("quantising rounds to even, clamps, and keeps zero exact") {
-  const std::vector<float> x = {0.0f,  -0.0f, 0.25f, 0.75f, 1.25f,  -0.25f, -0.75f, 63.4f,
-                                63.8f, 1e30f, -1e30f, 64.0f, -31.9f, -32.1f, -64.0f, 0.2499f,
-                                10.3f, 11.1f, -7.7f};
+  const std::vector<float> x = {0.0f,   -0.0f,   0.25f, 0.75f,  1.25f, -0.25f, -0.75f,
+                                63.4f,  63.8f,   1e30f, -1e30f, 64.0f, -31.9f, -32.1f,
+                                -64.0f, 0.2499f, 10.3f, 11.1f,  -7.7f};
   for (const int zero_point : {0, 64, 255}) {
     const quantization to{0.5f, zero_point};
     std::vector<std::uint8_t> out(x.size() + 1, 77);
@@ -192,7 +192,8 @@ TEST_CASE("int8 depthwise 3x3 equals the exact reference bit for bit") {
           std::mt19937 generator(1);
           for (auto& v : x) v = static_cast<std::uint8_t>(generator());
           const tensor<float> weights = random_weights({9, channels}, 2);
-          const tensor<float> bias = random_tensor({channels}, 3), scale = random_scale(channels, 4);
+          const tensor<float> bias = random_tensor({channels}, 3),
+                              scale = random_scale(channels, 4);
           tensor<float> fast(shape{n_out, channels}), slow(shape{n_out, channels});
           const std::uint8_t* row = x.data();
           kernels::depthwise_args<std::uint8_t> args{

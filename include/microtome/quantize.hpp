@@ -1,0 +1,125 @@
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <microtome/calibration.hpp>
+#include <microtome/safetensors_writer.hpp>
+#include <microtome/scheme.hpp>
+
+namespace microtome {
+
+/// The nearest bf16 number to a finite one, ties to even, as products in bf16 round.
+inline std::uint16_t bf16_bits(float x) {
+  if (std::abs(x) < std::numeric_limits<float>::min()) x = std::copysign(0.0f, x);
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/// Makes a layer's weight whole numbers from -127 to 127 with one scale per output channel, the
+/// largest weight of the channel becoming 127: w = round(v / scale), ties to even.
+inline void quantize_weight(layer_weight& layer, precision inputs) {
+  layer.inputs = inputs;
+  layer.scale = tensor<float>(shape{layer.out()});
+  for (index_t i = 0; i < layer.values.size(); ++i) {
+    float& scale = layer.scale[layer.channel(i)];
+    scale = std::max(scale, std::abs(layer.values[i]) / 127.0f);
+  }
+  for (float& scale : layer.scale)
+    if (scale < weights::least_scale) scale = 1.0f;  // a channel of zeros
+  for (index_t i = 0; i < layer.values.size(); ++i) {
+    const float whole = std::nearbyint(layer.values[i] / layer.scale[layer.channel(i)]);
+    layer.values[i] = std::clamp(whole, -127.0f, 127.0f);
+  }
+}
+
+/// Quantises a model of fp32 weights as it is loaded, and keeps what `write` puts into a file.
+class model_quantizer : public layer_hook {
+public:
+  /// `ranges` may be null for a scheme that quantises weights alone.
+  model_quantizer(scheme chosen, const activation_ranges* ranges)
+      : scheme_(std::move(chosen)), ranges_(ranges) {}
+
+  void load(layer_weight& layer) override {
+    if (layer.quantized())
+      fail("quantize: ", layer.name, " is in 8 bits already; quantise the fp32 model");
+    precision wanted = scheme_.choose(layer_place(layer.name));
+    if (wanted == precision::int8 && layer.folded) wanted = precision::int8_weights;
+    if (wanted == precision::int8) {
+      if (!ranges_)
+        fail("quantize: ", layer.name, " is to be int8, which needs ranges (see calibrate)");
+      const auto range = ranges_->layers.find(layer.name);
+      if (range == ranges_->layers.end())
+        wanted = precision::int8_weights;  // no case came through here
+      else
+        layer.input = range->second.levels();
+    }
+    if (wanted == precision::int8 || wanted == precision::int8_weights)
+      quantize_weight(layer, wanted);
+    else
+      layer.inputs = wanted;
+    layers_.push_back(layer);
+    layers_.back().observer = nullptr;
+  }
+
+  const std::vector<layer_weight>& layers() const { return layers_; }
+  const scheme& chosen() const { return scheme_; }
+
+  /// Writes the model that was loaded from `file`: its tensors, those of the layers as they have
+  /// become.
+  void write(const safetensors& file, const std::filesystem::path& path) const {
+    scheme_.check_all_used();
+    std::map<std::string, const layer_weight*> changed;
+    for (const layer_weight& layer : layers_) changed[layer.name + ".weight"] = &layer;
+    safetensors_writer out;
+    for (const auto& [key, text] : file.metadata()) out.metadata(key, text);
+    out.metadata("scheme", scheme_.text());
+    out.metadata("precision", "mixed");
+    for (const auto& [name, entry] : file.tensors()) {
+      const auto layer = changed.find(name);
+      if (layer == changed.end())
+        out.add(name, entry.dtype, entry.extents, entry.bytes);
+      else
+        add(out, *layer->second, file);
+    }
+    out.write(path);
+  }
+
+private:
+  static void add(safetensors_writer& out, const layer_weight& layer, const safetensors& file) {
+    const std::string name = layer.name + ".weight";
+    if (layer.quantized()) {
+      std::vector<std::int8_t> whole(layer.values.begin(), layer.values.end());
+      out.add(name, "I8", layer.values.extents(), std::as_bytes(std::span(whole)));
+      out.add(name + "_scale", layer.scale);
+      if (layer.inputs != precision::int8) return;
+      tensor<float> scale(shape{1}), zero_point(shape{1});
+      scale[0] = layer.input.scale;
+      zero_point[0] = static_cast<float>(layer.input.zero_point);
+      out.add(layer.name + ".input_scale", scale);
+      out.add(layer.name + ".input_zero_point", zero_point);
+    } else if (layer.inputs == precision::bf16) {
+      std::vector<std::uint16_t> halves;
+      for (const float v : layer.values)
+        halves.push_back(bf16_bits(v));
+      out.add(name, "BF16", layer.values.extents(), std::as_bytes(std::span(halves)));
+    } else {
+      const auto& entry = file.tensors().find(name)->second;
+      out.add(name, entry.dtype, entry.extents, entry.bytes);
+    }
+  }
+
+  scheme scheme_;
+  const activation_ranges* ranges_;
+  std::vector<layer_weight> layers_;
+};
+
+}  // namespace microtome

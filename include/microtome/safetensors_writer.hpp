@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include <microtome/io/file.hpp>
+#include <microtome/tensor.hpp>
+
+namespace microtome {
+
+/// Collects tensors and writes them as a safetensors file, all or nothing.
+class safetensors_writer {
+public:
+  void metadata(const std::string& key, const std::string& text) {
+    header_["__metadata__"][key] = text;
+  }
+
+  void add(const std::string& name, const std::string& dtype, const shape& extents,
+           std::span<const std::byte> bytes) {
+    nlohmann::json sizes = nlohmann::json::array();
+    for (int axis = 0; axis < extents.rank(); ++axis) sizes.push_back(extents[axis]);
+    const std::size_t begin = data_.size();
+    data_.insert(data_.end(), bytes.begin(), bytes.end());
+    header_[name] = {{"dtype", dtype}, {"shape", sizes}, {"data_offsets", {begin, data_.size()}}};
+  }
+
+  void add(const std::string& name, const tensor<float>& values) {
+    add(name, "F32", values.extents(),
+        std::as_bytes(std::span(values.data(), static_cast<std::size_t>(values.size()))));
+  }
+
+  /// Throws `error` as io::replace_file does.
+  void write(const std::filesystem::path& path) const {
+    std::string text = header_.dump();
+    text.resize((8 + text.size() + 63) / 64 * 64 - 8, ' ');  // the data starts at a multiple of 64
+    std::vector<std::byte> file(8 + text.size());
+    const std::uint64_t size = text.size();
+    std::memcpy(file.data(), &size, 8);
+    std::memcpy(file.data() + 8, text.data(), text.size());
+    file.insert(file.end(), data_.begin(), data_.end());
+    io::replace_file(path, file);
+  }
+
+private:
+  nlohmann::json header_ = nlohmann::json::object();
+  std::vector<std::byte> data_;
+};
+
+}  // namespace microtome
