@@ -76,8 +76,8 @@ command add_calibrate(CLI::App& app) {
   for (std::size_t i = 0; i < observer_names.size(); ++i)
     names[observer_names[i]] = static_cast<observer_kind>(i);
   app.add_option("--observer", options->observer, "how a range is made of what was seen")
-      ->transform(CLI::CheckedTransformer(names).description(
-          "{min-max,average,percentile,mse,entropy}"))
+      ->transform(
+          CLI::CheckedTransformer(names).description("{min-max,average,percentile,mse,entropy}"))
       ->default_str("mse");
   app.add_option("--threads", options->threads, "threads; 0: every CPU")
       ->check(CLI::Range(0, 1024))

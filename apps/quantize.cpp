@@ -54,9 +54,10 @@ command add_quantize(CLI::App& app) {
   app.add_option("-m,--model", options->model, "model file, in fp32")->required();
   app.add_option("-r,--ranges", options->ranges, "what `calibrate` wrote for this model");
   app.add_option("-o,--output", options->output, "model file to write")->required();
-  app.add_option("--scheme", options->scheme,
-                 "which layers become what: full, mix-dwsc, mix-mbc-neck, encoder, weights-only, or "
-                 "rules like 'full, 0:*:conv2|conv3=fp32, !neck:*:*=bf16'")
+  app.add_option(
+         "--scheme", options->scheme,
+         "which layers become what: full, mix-dwsc, mix-mbc-neck, encoder, weights-only, or "
+         "rules like 'full, 0:*:conv2|conv3=fp32, !neck:*:*=bf16'")
       ->capture_default_str();
   return [options] { return run_quantize(*options); };
 }

@@ -12,7 +12,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
 namespace microtome::kernels {
 
@@ -94,20 +93,18 @@ struct attention_args {
 ///
 /// for 0 <= x < n_out. A null row, or a column outside [0, n_in), counts as zeros.
 ///
-/// Element is float, or std::uint8_t for quantised pixels and weights that are whole numbers from
-/// -127 to 127; then
+/// With `scale` rows and weights are whole numbers: rows what `quantize` makes, weights from -127
+/// to 127. Their sums are exact (up to 9 * 255 * 127, and fp32 holds all up to 2^24), and
 ///
-///     out[x] = act(fma(exact sum of (rows - zero_point) * weights, scale, bias))
-template <class Element>
+///     out[x] = act(fma(sum, scale, bias))
 struct depthwise_args {
-  const Element* rows[3];  ///< each n_in pixels of `channels` elements
+  const float* rows[3];  ///< each n_in pixels of `channels` floats
   ptrdiff_t n_in, n_out, first, stride, channels;
   const float* weights;  ///< (3, 3, channels)
   const float* bias;     ///< (channels)
   float* out;            ///< n_out pixels
   activation act = activation::none;
-  const float* scale = nullptr;  ///< (channels), quantised only: that of pixels times weights
-  int zero_point = 0;
+  const float* scale = nullptr;  ///< (channels)
 };
 
 /// out[i] = act((x[i] - mean(x[i])) / sqrt(var(x[i]) + epsilon) * gamma + beta) over each of `n`
@@ -154,10 +151,9 @@ struct table {
   /// n_k rounded up to the vector width that attention works in.
   ptrdiff_t (*attention_columns)(ptrdiff_t n_k);
 
-  void (*depthwise3x3)(const depthwise_args<float>&);
-  void (*depthwise3x3_int8)(const depthwise_args<std::uint8_t>&);
-  /// n floats to bytes.
-  void (*quantize)(ptrdiff_t n, const float* x, quantization to, std::uint8_t* out);
+  void (*depthwise3x3)(const depthwise_args&);
+  /// q - zero_point of n floats, as floats; out may be x.
+  void (*quantize)(ptrdiff_t n, const float* x, quantization to, float* out);
   void (*layer_norm)(const layer_norm_args&);
 
   void (*activate)(activation, ptrdiff_t n, const float* x, float* out);

@@ -6,61 +6,43 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "contract.hpp"
 #include "elementwise.hpp"
-#include "int8.hpp"
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
 inline constexpr ptrdiff_t pixels_at_once = 4;
 
-/// Pixels as floats. Nine products of bytes sum to 9 * 255 * 127 at most, which fp32 holds exactly
-/// (it does up to 2^24), so that quantised pixels take the same multiply-adds.
+/// What the sums over taps start from, and where they go.
 template <class Tag>
-HWY_INLINE hn::Vec<Tag> load_pixels(Tag tag, const float* at, hn::Vec<Tag>) {
-  return hn::LoadU(tag, at);
+HWY_INLINE hn::Vec<Tag> first_sum(const depthwise_args& args, Tag tag, ptrdiff_t c) {
+  return args.scale ? hn::Zero(tag) : hn::LoadU(tag, args.bias + c);
 }
 template <class Tag>
-HWY_INLINE hn::Vec<Tag> load_pixels(Tag tag, const std::uint8_t* at, hn::Vec<Tag> zero_point) {
-  const hn::Rebind<std::uint8_t, Tag> bytes;
-  const hn::RebindToSigned<Tag> whole;
-  return hn::Sub(hn::ConvertTo(tag, hn::PromoteTo(whole, hn::LoadU(bytes, at))), zero_point);
-}
-
-/// What the sums over taps start from, and what becomes of them.
-template <class Element, class Tag>
-HWY_INLINE hn::Vec<Tag> first_sum(const depthwise_args<Element>& args, Tag tag, ptrdiff_t c) {
-  return std::is_integral_v<Element> ? hn::Zero(tag) : hn::LoadU(tag, args.bias + c);
-}
-template <class Element, class Tag>
-HWY_INLINE void store_sum(const depthwise_args<Element>& args, Tag tag, ptrdiff_t c,
-                          hn::Vec<Tag> sum, float* out) {
-  if constexpr (std::is_integral_v<Element>)
+HWY_INLINE void store_sum(const depthwise_args& args, Tag tag, ptrdiff_t c, hn::Vec<Tag> sum,
+                          float* out) {
+  if (args.scale)
     sum = hn::MulAdd(sum, hn::LoadU(tag, args.scale + c), hn::LoadU(tag, args.bias + c));
   hn::StoreU(sum, tag, out);
 }
 
 /// Outputs x .. x + Pixels - 1 of the channels c .. c + lanes(Tag) - 1, whose input columns all
 /// exist.
-template <ptrdiff_t Pixels, ptrdiff_t Stride, class Element, class Tag>
-HWY_INLINE void depthwise_inside(const depthwise_args<Element>& args, Tag tag, ptrdiff_t x,
-                                 ptrdiff_t c) {
+template <ptrdiff_t Pixels, ptrdiff_t Stride, class Tag>
+HWY_INLINE void depthwise_inside(const depthwise_args& args, Tag tag, ptrdiff_t x, ptrdiff_t c) {
   using vec = hn::Vec<Tag>;
   constexpr ptrdiff_t columns = (Pixels - 1) * Stride + 3;
-  const vec zero_point = hn::Set(tag, static_cast<float>(args.zero_point));
   vec sums[Pixels];
 #pragma GCC unroll 8
   for (ptrdiff_t p = 0; p < Pixels; ++p) sums[p] = first_sum(args, tag, c);
   for (ptrdiff_t i = 0; i < 3; ++i) {
     if (!args.rows[i]) continue;
-    const Element* in = args.rows[i] + (x * Stride + args.first - 1) * args.channels + c;
+    const float* in = args.rows[i] + (x * Stride + args.first - 1) * args.channels + c;
     const float* w = args.weights + i * 3 * args.channels + c;
     vec column[columns];
 #pragma GCC unroll 16
-    for (ptrdiff_t j = 0; j < columns; ++j)
-      column[j] = load_pixels(tag, in + j * args.channels, zero_point);
+    for (ptrdiff_t j = 0; j < columns; ++j) column[j] = hn::LoadU(tag, in + j * args.channels);
 #pragma GCC unroll 3
     for (ptrdiff_t j = 0; j < 3; ++j) {
       const vec weight = hn::LoadU(tag, w + j * args.channels);
@@ -75,25 +57,23 @@ HWY_INLINE void depthwise_inside(const depthwise_args<Element>& args, Tag tag, p
 }
 
 /// One output at the left or right border, some of whose columns do not exist.
-template <class Element, class Tag>
-inline void depthwise_border(const depthwise_args<Element>& args, Tag tag, ptrdiff_t x,
-                             ptrdiff_t c) {
-  const auto zero_point = hn::Set(tag, static_cast<float>(args.zero_point));
+template <class Tag>
+inline void depthwise_border(const depthwise_args& args, Tag tag, ptrdiff_t x, ptrdiff_t c) {
   auto sum = first_sum(args, tag, c);
   for (ptrdiff_t i = 0; i < 3; ++i) {
     if (!args.rows[i]) continue;
     for (ptrdiff_t j = 0; j < 3; ++j) {
       const ptrdiff_t column = x * args.stride + args.first + j - 1;
       if (column < 0 || column >= args.n_in) continue;
-      sum = hn::MulAdd(load_pixels(tag, args.rows[i] + column * args.channels + c, zero_point),
+      sum = hn::MulAdd(hn::LoadU(tag, args.rows[i] + column * args.channels + c),
                        hn::LoadU(tag, args.weights + (i * 3 + j) * args.channels + c), sum);
     }
   }
   store_sum(args, tag, c, sum, args.out + x * args.channels + c);
 }
 
-template <ptrdiff_t Stride, class Element>
-inline void depthwise_row(const depthwise_args<Element>& args) {
+template <ptrdiff_t Stride>
+inline void depthwise_row(const depthwise_args& args) {
   // Outputs [inside0, inside1) read columns that all exist.
   const ptrdiff_t inside0 = std::clamp<ptrdiff_t>((Stride - args.first) / Stride, 0, args.n_out);
   const ptrdiff_t last_start = args.n_in - args.first - 2;
@@ -128,8 +108,7 @@ inline void depthwise_row(const depthwise_args<Element>& args) {
   for (; x < args.n_out; ++x) all_channels(x, border);
 }
 
-template <class Element>
-inline void depthwise3x3(const depthwise_args<Element>& args) {
+inline void depthwise3x3(const depthwise_args& args) {
   args.stride == 1 ? depthwise_row<1>(args) : depthwise_row<2>(args);
 }
 

@@ -48,13 +48,10 @@ private:
   float inverse_, least_, most_;
 };
 
-inline void quantize(ptrdiff_t n, const float* x, quantization to, std::uint8_t* out) {
+inline void quantize(ptrdiff_t n, const float* x, quantization to, float* out) {
   const quantizer quantized(to);
   for_lanes(n, [&](auto tag, ptrdiff_t i) {
-    const hn::RebindToSigned<decltype(tag)> whole;
-    const hn::Rebind<std::uint8_t, decltype(tag)> bytes;
-    const auto q = hn::Add(quantized(tag, x + i), hn::Set(whole, to.zero_point));
-    hn::StoreU(hn::DemoteTo(bytes, q), bytes, out + i);
+    hn::StoreU(hn::ConvertTo(tag, quantized(tag, x + i)), tag, out + i);
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <vector>
 
@@ -65,10 +66,11 @@ inline void gemm_bf16(const gemm_args& args) {
     }
 }
 
+/// q - zero_point.
 inline std::int32_t quantize(float x, quantization to) {
   const float scaled = std::nearbyint(x * (1.0f / to.scale));
   const float least = static_cast<float>(-to.zero_point), most = 255.0f + least;
-  return static_cast<std::int32_t>(std::clamp(scaled, least, most)) + to.zero_point;
+  return static_cast<std::int32_t>(std::clamp(scaled, least, most));
 }
 
 /// What the product is in int8, bit for bit where there are fused multiply-adds; without
@@ -80,8 +82,7 @@ inline void gemm_int8(const gemm_args& args) {
       std::int64_t sum = 0;
       for (ptrdiff_t at = 0; at < args.taps * args.k; ++at) {
         const float x = args.a[at / args.k * args.m + i][at % args.k];
-        sum += (quantize(x, args.input) - args.input.zero_point) *
-               static_cast<std::int64_t>(b[at * args.n + j]);
+        sum += quantize(x, args.input) * static_cast<std::int64_t>(b[at * args.n + j]);
       }
       const float bias = args.bias ? args.bias[j] : 0.0f;
       args.c[i][j] = std::fma(static_cast<float>(sum), args.scale[j], bias);
@@ -118,7 +119,7 @@ inline void attention(const attention_args& args) {
   }
 }
 
-inline void depthwise3x3(const depthwise_args<float>& args) {
+inline void depthwise3x3(const depthwise_args& args) {
   for (ptrdiff_t x = 0; x < args.n_out; ++x)
     for (ptrdiff_t c = 0; c < args.channels; ++c) {
       double sum = args.bias[c];
@@ -133,14 +134,14 @@ inline void depthwise3x3(const depthwise_args<float>& args) {
     }
 }
 
-inline void depthwise3x3_int8(const depthwise_args<std::uint8_t>& args) {
+inline void depthwise3x3_int8(const depthwise_args& args) {
   for (ptrdiff_t x = 0; x < args.n_out; ++x)
     for (ptrdiff_t c = 0; c < args.channels; ++c) {
       std::int32_t sum = 0;
       for (ptrdiff_t tap = 0; tap < 9; ++tap) {
         const ptrdiff_t column = x * args.stride + args.first + tap % 3 - 1;
         if (args.rows[tap / 3] && column >= 0 && column < args.n_in)
-          sum += (args.rows[tap / 3][column * args.channels + c] - args.zero_point) *
+          sum += static_cast<std::int32_t>(args.rows[tap / 3][column * args.channels + c]) *
                  static_cast<std::int32_t>(args.weights[tap * args.channels + c]);
       }
       args.out[x * args.channels + c] =

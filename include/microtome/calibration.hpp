@@ -51,7 +51,9 @@ struct value_histogram {
   std::vector<std::int64_t> counts = std::vector<std::int64_t>(bins);
 
   double width() const { return (double{range.high} - double{range.low}) / double{bins}; }
-  double centre(index_t bin) const { return range.low + (static_cast<double>(bin) + 0.5) * width(); }
+  double centre(index_t bin) const {
+    return range.low + (static_cast<double>(bin) + 0.5) * width();
+  }
   std::int64_t count(index_t bin) const { return counts[static_cast<std::size_t>(bin)]; }
 
   void add(float x) {
@@ -141,7 +143,8 @@ struct value_histogram {
       const double l = std::nearbyint(x / double{q.scale}) + q.zero_point;
       level[bin] = static_cast<int>(std::clamp(l, 0.0, 255.0));
       if (!count(static_cast<index_t>(bin)) || x < tried.low || x > tried.high) continue;
-      mass[static_cast<std::size_t>(level[bin])] += static_cast<double>(count(static_cast<index_t>(bin)));
+      mass[static_cast<std::size_t>(level[bin])] +=
+          static_cast<double>(count(static_cast<index_t>(bin)));
       cells[static_cast<std::size_t>(level[bin])] += 1;
     }
     double divergence = 0;

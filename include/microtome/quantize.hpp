@@ -108,8 +108,7 @@ private:
       out.add(layer.name + ".input_zero_point", zero_point);
     } else if (layer.inputs == precision::bf16) {
       std::vector<std::uint16_t> halves;
-      for (const float v : layer.values)
-        halves.push_back(bf16_bits(v));
+      for (const float v : layer.values) halves.push_back(bf16_bits(v));
       out.add(name, "BF16", layer.values.extents(), std::as_bytes(std::span(halves)));
     } else {
       const auto& entry = file.tensors().find(name)->second;

@@ -40,10 +40,10 @@ public:
 
   std::size_t scratch_bytes() const {
     const index_t tokens = rows() * size_.width;
-    return std::max(
-        attention.scratch_bytes(),
-        scratch::bytes_of<float>(tokens * local_conv.channels()) +
-            std::max(local_conv.scratch_bytes(size_.width), feed_forward.scratch_bytes(tokens)));
+    return std::max(attention.scratch_bytes(),
+                    scratch::bytes_of<float>(tokens * local_conv.channels()) +
+                        std::max(scratch::bytes_of<float>(local_conv.ring_floats(size_.width)),
+                                 feed_forward.scratch_bytes(tokens)));
   }
 
   window_attention attention;

@@ -21,7 +21,7 @@ TEST_CASE("depthwise 3x3 equals the scalar reference") {
             const tensor<float> weights = random_tensor({9, channels}, 2);
             const tensor<float> bias = random_tensor({channels}, 3);
             tensor<float> fast(shape{n_out, channels}), slow(shape{n_out, channels});
-            kernels::depthwise_args<float> args{
+            kernels::depthwise_args args{
                 .rows = {x.row(0), x.row(1), x.row(2)},
                 .n_in = n_in,
                 .n_out = n_out,

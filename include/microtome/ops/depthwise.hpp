@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 #include <string>
 
 #include <microtome/ops/linear.hpp>
@@ -21,8 +22,8 @@ struct map_size {
 
 /// Depthwise 3x3 convolution with padding 1, stride 1 or 2, over token-major pixels.
 ///
-/// Quantised, it reads bytes: `take` makes them, once for the three rows of output that look at a
-/// row of input.
+/// In int8 it reads whole numbers: `take` makes them, once for the three rows of output that look
+/// at a row of input.
 class depthwise3x3 {
 public:
   depthwise3x3() = default;
@@ -48,51 +49,54 @@ public:
   index_t stride() const { return stride_; }
   bool quantized() const { return !scale_.empty(); }
 
-  /// Bytes of `count` pixels as `row` reads them.
-  index_t bytes(index_t count) const {
-    return count * channels() * static_cast<index_t>(quantized() ? 1 : sizeof(float));
-  }
-  /// Makes `count` pixels what `row` reads. `out` may be x where they stay floats.
-  void take(index_t count, const float* x, std::byte* out) const {
-    observe(count, x);
+  /// Makes `count` pixels what `row` reads, in `out`, which may be x.
+  void take(index_t count, const float* x, float* out) const {
+    if (observer_) observer_->see(1, count * channels(), &x);
     if (quantized())
-      kernels::active().quantize(count * channels(), x, input_,
-                                 reinterpret_cast<std::uint8_t*>(out));
-    else if (reinterpret_cast<const std::byte*>(x) != out)
-      std::copy_n(x, count * channels(), reinterpret_cast<float*>(out));
+      kernels::active().quantize(count * channels(), x, input_, out);
+    else if (x != out)
+      std::copy_n(x, count * channels(), out);
   }
 
   /// Serial: `n_out` pixels of one row from three rows of `n_in` pixels (null: zeros) that `take`
   /// made. The centre of output x is input column x * stride + first.
-  void row(const std::byte* const (&in)[3], index_t n_in, index_t first, index_t n_out,
-           float* result, activation act = activation::none) const {
-    quantized()
-        ? kernels::active().depthwise3x3_int8(
-              arguments<std::uint8_t>(in, n_in, first, n_out, result, act))
-        : kernels::active().depthwise3x3(arguments<float>(in, n_in, first, n_out, result, act));
+  void row(const float* const (&in)[3], index_t n_in, index_t first, index_t n_out, float* result,
+           activation act = activation::none) const {
+    kernels::active().depthwise3x3({.rows = {in[0], in[1], in[2]},
+                                    .n_in = n_in,
+                                    .n_out = n_out,
+                                    .first = first,
+                                    .stride = stride_,
+                                    .channels = channels(),
+                                    .weights = weights_.data(),
+                                    .bias = bias_.data(),
+                                    .out = result,
+                                    .act = act,
+                                    .scale = quantized() ? scale_.data() : nullptr});
   }
 
-  /// Scratch that `rows` takes for a map of this width.
-  std::size_t scratch_bytes(index_t width) const {
-    return quantized() ? scratch::bytes_of<std::byte>(3 * bytes(width)) : 0;
+  /// Floats of scratch that `rows` takes for a map of this width.
+  index_t ring_floats(index_t width) const {
+    return quantized() || observer_ ? 3 * width * channels() : 0;
   }
 
   /// Serial: `count` rows of the result's map, from row y on, of x (size.tokens(), channels).
   void rows(map_size size, view<const float> x, index_t y, index_t count, float* result,
             scratch memory, activation act = activation::none) const {
     const index_t width = size.strided(stride_).width;
-    std::byte* ring = quantized() ? memory.take<std::byte>(3 * bytes(size.width)) : nullptr;
+    float* ring = memory.take<float>(ring_floats(size.width));
     index_t next = std::max<index_t>(0, y * stride_ - 1);  // first row not yet taken
     for (index_t last = y + count; y < last; ++y, result += width * channels()) {
-      const std::byte* in[3] = {};
+      const float* in[3] = {};
       for (index_t i = 0; i < 3; ++i) {
         const index_t source = y * stride_ + i - 1;
         if (source < 0 || source >= size.height) continue;
-        const float* from = x.row(source * size.width);
-        std::byte* slot = ring + source % 3 * bytes(size.width);
-        if (source >= next) ring ? take(size.width, from, slot) : observe(size.width, from);
+        in[i] = x.row(source * size.width);
+        if (ring_floats(size.width) == 0) continue;
+        float* slot = ring + source % 3 * size.width * channels();
+        if (source >= next) take(size.width, in[i], slot);
         next = std::max(next, source + 1);
-        in[i] = ring ? slot : reinterpret_cast<const std::byte*>(from);
+        in[i] = slot;
       }
       row(in, size.width, 0, width, result, act);
     }
@@ -101,39 +105,17 @@ public:
   /// Serial, and allocates: for traces. x is (size.tokens(), channels), result is
   /// (size.strided(stride).tokens(), channels).
   void operator()(map_size size, view<const float> x, view<float> result) const {
-    tensor<std::byte> memory(shape{static_cast<index_t>(scratch_bytes(size.width))});
+    tensor<float> ring(shape{arena::rounded(ring_floats(size.width))});
     rows(size, x, 0, size.strided(stride_).height, result.data(),
-         scratch({memory.data(), static_cast<std::size_t>(memory.size())}));
+         scratch(std::as_writable_bytes(
+             std::span(ring.data(), static_cast<std::size_t>(ring.size())))));
   }
 
 private:
-  void observe(index_t count, const float* x) const {
-    if (observer_) observer_->see(1, count * channels(), &x);
-  }
-
-  template <class Element>
-  kernels::depthwise_args<Element> arguments(const std::byte* const (&in)[3], index_t n_in,
-                                             index_t first, index_t n_out, float* result,
-                                             activation act) const {
-    const auto as = [](const std::byte* row) { return reinterpret_cast<const Element*>(row); };
-    return {.rows = {as(in[0]), as(in[1]), as(in[2])},
-            .n_in = n_in,
-            .n_out = n_out,
-            .first = first,
-            .stride = stride_,
-            .channels = channels(),
-            .weights = weights_.data(),
-            .bias = bias_.data(),
-            .out = result,
-            .act = act,
-            .scale = quantized() ? scale_.data() : nullptr,
-            .zero_point = input_.zero_point};
-  }
-
   index_t stride_ = 1;
   tensor<float> weights_;  // (3, 3, channels)
   tensor<float> bias_;     // (channels)
-  tensor<float> scale_;    // (channels), where it is quantised: of pixels times weights
+  tensor<float> scale_;    // (channels), in int8: of pixels times weights
   quantization input_{};
   input_observer* observer_ = nullptr;
 };

@@ -41,8 +41,8 @@ public:
   /// Scratch bytes that a thread needs for a map of this size.
   std::size_t scratch_bytes(map_size size) const {
     const index_t columns = strip_columns(size.strided(stride()).width);
-    return scratch::bytes_of<std::byte>(3 * ring_row(columns)) +
-           scratch::bytes_of<float>(std::max(columns, token_block) * hidden());
+    return scratch::bytes_of<float>(3 * input_columns(columns) * hidden()) +
+           scratch::bytes_of<float>(columns * hidden());
   }
 
   /// x is (size.tokens(), in), result is (size.strided(stride).tokens(), out) and not x.
@@ -66,13 +66,9 @@ private:
 
   /// Output columns of a strip: the ring and the row after it take at most 256 KiB.
   index_t strip_columns(index_t width) const {
-    const index_t column = 3 * stride() * depthwise_.bytes(1) + hidden() * 4;
-    return std::min(width, std::max<index_t>(256 * 1024 / column, 8));
-  }
-  /// Bytes of a row of the ring, in whole cache lines.
-  index_t ring_row(index_t columns) const {
-    return static_cast<index_t>(
-        scratch::bytes_of<std::byte>(depthwise_.bytes(input_columns(columns))));
+    const index_t fit =
+        256 * 1024 / static_cast<index_t>(sizeof(float)) / ((3 * stride() + 1) * hidden());
+    return std::min(width, std::max<index_t>(fit, 8));
   }
   index_t input_columns(index_t columns) const { return (columns - 1) * stride() + 3; }
 
@@ -81,18 +77,19 @@ private:
     const map_size out_size = size.strided(stride());
     const index_t in0 = std::max<index_t>(0, x0 * stride() - 1);
     const index_t in1 = std::min(size.width, (x0 + columns - 1) * stride() + 2);
-    std::byte* ring = memory.take<std::byte>(3 * ring_row(columns));
-    float* filtered = memory.take<float>(std::max(columns, token_block) * hidden());
+    const index_t ring_row = input_columns(columns) * hidden();
+    float* ring = memory.take<float>(3 * ring_row);
+    float* filtered = memory.take<float>(columns * hidden());
 
     index_t next = std::max<index_t>(0, y0 * stride() - 1);  // first hidden row not yet made
     for (index_t y = y0; y < y0 + rows; ++y) {
-      const std::byte* window[3];
+      const float* window[3];
       for (index_t i = 0; i < 3; ++i) {
         const index_t source = y * stride() + i - 1;
         const bool exists = source >= 0 && source < size.height;
-        std::byte* slot = ring + (source + 3) % 3 * ring_row(columns);
+        float* slot = ring + (source + 3) % 3 * ring_row;
         if (exists && source >= next) {
-          expand_row(x.row(source * size.width + in0), in1 - in0, slot, filtered);
+          expand_row(x.row(source * size.width + in0), in1 - in0, slot);
           next = source + 1;
         }
         window[i] = exists ? slot : nullptr;
@@ -103,16 +100,15 @@ private:
     }
   }
 
-  /// `count` pixels of x become hidden ones, as the depthwise convolution reads them. `room` is for
-  /// token_block hidden pixels.
-  void expand_row(const float* x, index_t count, std::byte* result, float* room) const {
-    for (index_t i = 0; i < count; i += token_block, result += depthwise_.bytes(token_block)) {
+  /// `count` pixels of x become hidden ones, as the depthwise convolution reads them.
+  void expand_row(const float* x, index_t count, float* result) const {
+    for (index_t i = 0; i < count; i += token_block) {
       const index_t n = std::min(token_block, count - i);
-      float* out = depthwise_.quantized() ? room : reinterpret_cast<float*>(result);
+      float* out = result + i * hidden();
       const row_pointers<const float> from(x + i * in(), in(), n);
       const row_pointers<float> to(out, hidden(), n);
       expand_.rows(n, from.data(), to.data(), activation::gelu);
-      depthwise_.take(n, out, result);
+      depthwise_.take(n, out, out);
     }
   }
 
