@@ -1,13 +1,12 @@
-#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <string>
 #include <vector>
 
 #include <microtome/calibration.hpp>
-#include <microtome/io/case.hpp>
 #include <microtome/microtome.hpp>
 
+#include "cases.hpp"
 #include "commands.hpp"
 
 namespace microtome::app {
@@ -22,25 +21,6 @@ struct calibrate_options {
   int threads = 0;
 };
 
-std::vector<fs::path> find_cases(const std::string& input) {
-  if (!fs::exists(input)) throw usage_error(input + ": no such file or folder");
-  if (!fs::is_directory(input)) return {input};
-  std::vector<fs::path> cases;
-  for (const fs::directory_entry& entry : fs::directory_iterator(input))
-    if (entry.path().extension() == ".npz") cases.push_back(entry.path());
-  if (cases.empty()) throw usage_error(input + ": no .npz cases in this folder");
-  std::sort(cases.begin(), cases.end());
-  return cases;
-}
-
-void segment_case(session& s, const fs::path& path) {
-  const io::segmentation_case input = io::read_case(path);
-  if (const auto* image = std::get_if<io::image_case>(&input))
-    segment(s, image->image, image->boxes);
-  else
-    segment(s, std::get<io::volume_case>(input).volume, std::get<io::volume_case>(input).boxes);
-}
-
 int run_calibrate(const calibrate_options& options) {
   const std::vector<fs::path> cases = find_cases(options.input);
   const safetensors file(options.model);
@@ -48,11 +28,11 @@ int run_calibrate(const calibrate_options& options) {
   const lite_medsam model(file, {.hook = &watching});
   session s(model, {.threads = options.threads});
   for (const fs::path& path : cases) {
-    segment_case(s, path);
+    segment_case(s, io::read_case(path));
     watching.end_case();
   }
   watching.begin_histograms();
-  for (const fs::path& path : cases) segment_case(s, path);
+  for (const fs::path& path : cases) segment_case(s, io::read_case(path));
   const activation_ranges ranges = watching.ranges(options.observer, file.fingerprint());
   ranges.write(options.output);
   std::printf("%-28s %12s %12s\n", "layer", "low", "high");

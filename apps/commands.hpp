@@ -23,6 +23,7 @@ command add_eval(CLI::App& app);
 command add_info(CLI::App& app);
 command add_calibrate(CLI::App& app);
 command add_quantize(CLI::App& app);
+command add_sensitivity(CLI::App& app);
 
 /// Adds the option --precision.
 inline void add_precision(CLI::App& app, precision& inputs) {

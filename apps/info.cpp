@@ -1,5 +1,6 @@
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include <kernels/table.hpp>
 #include <microtome/macs.hpp>
@@ -10,6 +11,16 @@
 namespace microtome::app {
 
 namespace {
+
+/// The layers of a model and what they are computed in.
+struct layer_list : layer_hook {
+  void load(layer_weight& layer) override {
+    found.push_back(layer);
+    found.back().values = {};
+  }
+  std::vector<layer_weight> found;
+  index_t kept = 0;
+};
 
 void show_model(const std::string& path) {
   const safetensors file(path);
@@ -35,6 +46,14 @@ void show_model(const std::string& path) {
                   s.depth, s.dim, s.heads, s.window, s.window);
   }
   std::printf("\n");
+  layer_list layers;
+  static_cast<void>(lite_medsam(file, {.hook = &layers}));
+  for (const layer_weight& layer : layers.found)
+    if (layer.inputs != precision::fp32)
+      std::printf("%-13s %s\n", name_of(layer.inputs), layer_place(layer.name).text().c_str());
+    else
+      ++layers.kept;
+  std::printf("%-13s %td layers\n\n", "fp32", layers.kept);
   for (const auto& [name, entry] : file.tensors())
     std::printf("%-5s %-20s %s\n", entry.dtype.c_str(), to_string(entry.extents).c_str(),
                 name.c_str());

@@ -22,6 +22,7 @@ int main(int argc, char** argv) {
   add("calibrate", "record the ranges of a model's activations over a folder of cases",
       add_calibrate);
   add("quantize", "write a model with layers in 8 bits", add_quantize);
+  add("sensitivity", "find which layers may be in 8 bits", add_sensitivity);
   add("info", "show the CPU target and what a model file holds", add_info);
 
   try {

@@ -15,6 +15,7 @@
 #include <microtome/io/overlay.hpp>
 #include <microtome/microtome.hpp>
 
+#include "cases.hpp"
 #include "commands.hpp"
 #include "progress.hpp"
 
@@ -144,14 +145,6 @@ using clock = std::chrono::steady_clock;
 io::segmentation_case read_input(const job& j, const std::vector<pixel_box>& boxes) {
   if (is_png(j.input)) return io::image_case{io::read_png(j.input), boxes};
   return io::read_case(j.input);
-}
-
-label_map segment_case(session& s, const io::segmentation_case& input,
-                       const progress_callback& step) {
-  if (const auto* image = std::get_if<io::image_case>(&input))
-    return segment(s, image->image, image->boxes);
-  const auto& volume = std::get<io::volume_case>(input);
-  return segment(s, volume.volume, volume.boxes, step);
 }
 
 /// Writes what was found in a case; returns a description of it.

@@ -162,7 +162,7 @@ HWY_INLINE void attention_tile(const attention_args& args, ptrdiff_t row, const 
     const float* bias = args.bias ? args.bias + (row + r) * args.bias_stride : nullptr;
     const auto [max, sum] = softmax_scores(args, columns, bias, score_row);
     inverse[r] = 1.0f / sum;
-    if (args.lse) args.lse[row + r] = max + std::log(sum);
+    if (args.lse) args.lse[row + r] = max + static_cast<float>(std::log(double{sum}));
     auto* out = reinterpret_cast<element*>(score_row);
     if constexpr (Inputs::converts) Inputs::convert_row(args.n_k, score_row, out);
     a[r] = out;

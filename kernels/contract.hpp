@@ -160,6 +160,8 @@ struct table {
   void (*sigmoid)(ptrdiff_t n, const float* x, float* out);
   /// out = a + b
   void (*add)(ptrdiff_t n, const float* a, const float* b, float* out);
+  /// out = fma(factor, x, out)
+  void (*add_scaled)(ptrdiff_t n, float factor, const float* x, float* out);
   /// x = softmax(x) over n floats
   void (*softmax)(ptrdiff_t n, float* x);
   /// Softmax down each column of `count` dense matrices (rows, columns) that follow each other.

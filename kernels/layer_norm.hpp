@@ -14,13 +14,13 @@ inline void layer_norm_rows(const layer_norm_args& args) {
   for (ptrdiff_t row = 0; row < args.n; ++row) {
     const float* x = args.x[row];
     float* out = args.out[row];
-    const float mean = scale * sum_of(c, x, 0.0f, [](batch v) { return v; });
+    const float mean = scale * sum_of(c, x, 0.0f, [](batch sum, batch v) { return sum + v; });
     const batch centre(mean);
-    const float variance = scale * sum_of(c, x, mean, [centre](batch v) {
-                             const batch d = v - centre;
-                             return d * d;
-                           });
-    const float inverse = 1.0f / std::sqrt(variance + args.epsilon);
+    const float squares = sum_of(c, x, mean, [centre](batch sum, batch v) {
+      const batch d = v - centre;
+      return xsimd::fma(d, d, sum);
+    });
+    const float inverse = 1.0f / std::sqrt(std::fma(scale, squares, args.epsilon));
 
     const batch factor(inverse);
     const auto normalise = [&](batch v, batch gamma, batch beta) {

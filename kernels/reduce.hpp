@@ -49,7 +49,7 @@ HWY_INLINE float fold_max(batch v) {
   return fold(lane, batch_lanes, [](auto a, auto b) { return hn::Max(a, b); });
 }
 
-/// sum over i of f(x[i]), where f maps a batch to a batch and f(padding) is 0.
+/// Sum over i of what f adds to a sum for x[i]: f(sum, x), which adds nothing for `padding`.
 template <class Function>
 inline float sum_of(ptrdiff_t n, const float* x, float padding, Function f) {
   batch sums[lane_batches];
@@ -57,12 +57,12 @@ inline float sum_of(ptrdiff_t n, const float* x, float padding, Function f) {
   ptrdiff_t i = 0;
   for (; i + virtual_lanes <= n; i += virtual_lanes)
     for (ptrdiff_t b = 0; b < lane_batches; ++b)
-      sums[b] += f(batch::load_unaligned(x + i + b * batch_lanes));
+      sums[b] = f(sums[b], batch::load_unaligned(x + i + b * batch_lanes));
   if (i < n) {
     alignas(64) float lane[virtual_lanes];
     for (ptrdiff_t j = 0; j < virtual_lanes; ++j) lane[j] = i + j < n ? x[i + j] : padding;
     for (ptrdiff_t b = 0; b < lane_batches; ++b)
-      sums[b] += f(batch::load_aligned(lane + b * batch_lanes));
+      sums[b] = f(sums[b], batch::load_aligned(lane + b * batch_lanes));
   }
   return fold_sum(sums);
 }

@@ -22,7 +22,7 @@ inline void softmax(ptrdiff_t n, float* x) {
     const batch d = v - shift;  // a column of -infinity becomes exactly 0
     return xsimd::select(d < batch(-87.3f), batch(0.0f), exp_batch(d));
   });
-  const batch inverse(1.0f / sum_of(n, x, 0.0f, [](batch v) { return v; }));
+  const batch inverse(1.0f / sum_of(n, x, 0.0f, [](batch sum, batch v) { return sum + v; }));
   map(n, x, x, [inverse](batch v) { return v * inverse; });
 }
 

@@ -47,6 +47,7 @@ inline constexpr table kernel_table{
     .activate = activate,
     .sigmoid = sigmoid,
     .add = add,
+    .add_scaled = add_scaled,
     .softmax = softmax,
     .softmax_columns = softmax_columns,
     .fma_peak = fma_peak,

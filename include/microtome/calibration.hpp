@@ -73,22 +73,11 @@ struct value_histogram {
             static_cast<float>(std::max(0.0, range.low + static_cast<double>(last + 1) * width()))};
   }
 
-  /// Both ends are drawn in, each on its own, as far as that lessens the error.
   value_range least_squared_error() const {
-    constexpr int steps = 24;
-    value_range best = range;
-    double least = std::numeric_limits<double>::infinity();
-    for (int i = 0; i < (range.low < 0 ? steps : 1); ++i)
-      for (int j = 0; j < (range.high > 0 ? steps : 1); ++j) {
-        const value_range tried{range.low * static_cast<float>(steps - i) / steps,
-                                range.high * static_cast<float>(steps - j) / steps};
-        const double error = squared_error(tried);
-        if (error < least) {
-          least = error;
-          best = tried;
-        }
-      }
-    return best;
+    return drawn_in([this](value_range tried) { return squared_error(tried); });
+  }
+  value_range least_divergence() const {
+    return drawn_in([this](value_range tried) { return divergence_of(tried); });
   }
 
   /// Sum over all values of the squared difference that quantising in a range makes.
@@ -104,23 +93,6 @@ struct value_histogram {
       error += static_cast<double>(count(bin)) * difference * difference;
     }
     return error;
-  }
-
-  /// Both ends are drawn in together.
-  value_range least_divergence() const {
-    constexpr int steps = 64;
-    value_range best = range;
-    double least = std::numeric_limits<double>::infinity();
-    for (int i = 0; i < steps - 4; ++i) {
-      const float part = static_cast<float>(steps - i) / steps;
-      const value_range tried{range.low * part, range.high * part};
-      const double divergence = divergence_of(tried);
-      if (divergence < least) {
-        least = divergence;
-        best = tried;
-      }
-    }
-    return best;
   }
 
   /// Kullback-Leibler divergence of the values, those outside counted at the ends, from what 256
@@ -155,6 +127,25 @@ struct value_histogram {
       divergence += clipped[bin] / total * std::log(clipped[bin] / std::max(kept, 1e-3));
     }
     return divergence;
+  }
+
+private:
+  /// The range with the least cost, its ends drawn in each on its own.
+  template <class Cost>
+  value_range drawn_in(Cost&& cost) const {
+    constexpr int steps = 24;
+    value_range best = range;
+    double least = std::numeric_limits<double>::infinity();
+    for (int i = 0; i < (range.low < 0 ? steps : 1); ++i)
+      for (int j = 0; j < (range.high > 0 ? steps : 1); ++j) {
+        const value_range tried{range.low * static_cast<float>(steps - i) / steps,
+                                range.high * static_cast<float>(steps - j) / steps};
+        if (const double found = cost(tried); found < least) {
+          least = found;
+          best = tried;
+        }
+      }
+    return best;
   }
 };
 

@@ -111,13 +111,14 @@ private:
   /// [sin(2 pi p), cos(2 pi p)] with p = (2 (x, y) - 1) G.
   void encode_position(float x, float y, float* out) const {
     const index_t half = embed_dim() / 2;
-    const float u = 2.0f * x - 1.0f;
-    const float v = 2.0f * y - 1.0f;
+    // In double, so that C libraries agree when it is rounded.
+    const double u = 2.0 * double{x} - 1.0;
+    const double v = 2.0 * double{y} - 1.0;
     for (index_t i = 0; i < half; ++i) {
-      const float phase =
-          2.0f * std::numbers::pi_v<float> * (u * gaussian_[i] + v * gaussian_[half + i]);
-      out[i] = std::sin(phase);
-      out[half + i] = std::cos(phase);
+      const double phase =
+          2.0 * std::numbers::pi * (u * double{gaussian_[i]} + v * double{gaussian_[half + i]});
+      out[i] = static_cast<float>(std::sin(phase));
+      out[half + i] = static_cast<float>(std::cos(phase));
     }
   }
 

@@ -41,6 +41,12 @@ inline void quantize_weight(layer_weight& layer, precision inputs) {
   }
 }
 
+/// Loads a quantised model with its int8 products in floating point: see simulated_weight.
+class int8_simulation : public layer_hook {
+public:
+  void load(layer_weight& layer) override { layer.simulated = true; }
+};
+
 /// Quantises a model of fp32 weights as it is loaded, and keeps what `write` puts into a file.
 class model_quantizer : public layer_hook {
 public:
@@ -66,6 +72,8 @@ public:
       quantize_weight(layer, wanted);
     else
       layer.inputs = wanted;
+    if (wanted == precision::bf16)  // as the file will have them
+      for (float& v : layer.values) v = std::bit_cast<float>(std::uint32_t{bf16_bits(v)} << 16);
     layers_.push_back(layer);
     layers_.back().observer = nullptr;
   }

@@ -101,7 +101,9 @@ public:
     data_ = static_cast<T*>(::operator new (bytes, std::align_val_t{alignment}));
     std::fill_n(data_, extents.size(), T{});
   }
-  tensor(const tensor& other) : tensor(other.shape_) { std::copy_n(other.data_, size(), data_); }
+  tensor(const tensor& other) : tensor(other.data_ ? tensor(other.shape_) : tensor()) {
+    std::copy_n(other.data_, size(), data_);
+  }
   tensor(tensor&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), shape_(std::exchange(other.shape_, {})) {}
   tensor& operator=(tensor other) noexcept {

@@ -271,9 +271,10 @@ private:
       std::fill_n(out, s.dim(), 0.0f);
       float sum = 0.0f;
       for (index_t i = 0; i < parts; ++i) {
-        const float share = std::exp(lse.row(first + i)[row] - greatest);
-        const float* part = partial.row(first + i) + row * s.dim();
-        for (index_t j = 0; j < s.dim(); ++j) out[j] += share * part[j];
+        // In double, so that C libraries agree when it is rounded.
+        const auto share =
+            static_cast<float>(std::exp(double{lse.row(first + i)[row]} - double{greatest}));
+        kernels::active().add_scaled(s.dim(), share, partial.row(first + i) + row * s.dim(), out);
         sum += share;
       }
       for (index_t j = 0; j < s.dim(); ++j) out[j] /= sum;
@@ -411,7 +412,8 @@ private:
     for (index_t i = 0; i < tokens * heads_; ++i) {
       bias[i] = 0.0f;
       for (index_t j = 0; j < features(); ++j)
-        bias[i] += k[i * features() + j] * query_bias_[i % heads_ * features() + j];
+        bias[i] =
+            std::fma(k[i * features() + j], query_bias_[i % heads_ * features() + j], bias[i]);
     }
   }
 

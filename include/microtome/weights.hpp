@@ -22,11 +22,12 @@ public:
 struct layer_weight {
   std::string name;  ///< module path
   precision inputs = precision::fp32;
-  tensor<float> values;  ///< whole numbers for int8 and int8_weights
-  tensor<float> scale;   ///< those of the output channels, (out), for int8 and int8_weights
-  int out_axis = 0;      ///< which axis of `values` the output channels are
-  bool folded = false;   ///< multiplied into others at load: may be stored in 8 bits, no more
-  quantization input{};  ///< for int8
+  tensor<float> values;    ///< whole numbers for int8 and int8_weights
+  tensor<float> scale;     ///< those of the output channels, (out), for int8 and int8_weights
+  int out_axis = 0;        ///< which axis of `values` the output channels are
+  bool folded = false;     ///< multiplied into others at load: may be stored in 8 bits, no more
+  quantization input{};    ///< for int8
+  bool simulated = false;  ///< int8 in floating point, with the same results: see simulated_weight
   input_observer* observer = nullptr;
 
   index_t out() const { return values.extent(out_axis); }

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <string>
+#include <vector>
 
 #include <microtome/weights.hpp>
 #include <microtome/workspace.hpp>
@@ -35,6 +37,50 @@ constexpr precision activations_near(precision inputs) {
   return inputs == precision::bf16 ? precision::bf16 : precision::fp32;
 }
 
+/// An int8 product in floating point ("fake quantisation"), as calibration and training see it:
+/// whole numbers multiplied and added in double, which is exact, and so to the bit what the kernels
+/// compute. Slow; to hold the kernels to it.
+class simulated_weight {
+public:
+  simulated_weight() = default;
+  /// B (k, n), element (i, j) at b[i * row_stride + j * column_stride].
+  simulated_weight(index_t k, index_t n, const float* b, index_t row_stride, index_t column_stride)
+      : values_(shape{k, n}) {
+    for (index_t i = 0; i < k; ++i)
+      for (index_t j = 0; j < n; ++j) values_[i * n + j] = b[i * row_stride + j * column_stride];
+  }
+
+  bool empty() const { return values_.empty(); }
+
+  /// As kernels::gemm with int8 factors, with B's columns from `column` on.
+  void multiply(const kernels::gemm_args& args, index_t column) const {
+    std::vector<float> x(static_cast<std::size_t>(args.k));
+    std::vector<double> sums(static_cast<std::size_t>(args.n));
+    for (index_t row = 0; row < args.m; ++row) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (index_t tap = 0; tap < args.taps; ++tap) {
+        kernels::active().quantize(args.k, args.a[tap * args.m + row], args.input, x.data());
+        for (index_t i = 0; i < args.k; ++i) {
+          const double factor = x[static_cast<std::size_t>(i)];
+          const double* b = values_.row(tap * args.k + i) + column;
+          for (index_t j = 0; j < args.n; ++j) sums[static_cast<std::size_t>(j)] += factor * b[j];
+        }
+      }
+      float* out = args.c[row];
+      for (index_t j = 0; j < args.n; ++j) {
+        const float bias = args.bias ? args.bias[j] : 0.0f;
+        const auto sum = static_cast<float>(sums[static_cast<std::size_t>(j)]);
+        const float scaled = std::fma(sum, args.scale[j], bias);
+        out[j] = args.residual ? scaled + args.residual[row][j] : scaled;  // may be the same memory
+      }
+      kernels::active().activate(args.act, args.n, out, out);
+    }
+  }
+
+private:
+  tensor<double> values_;
+};
+
 /// A weight matrix in the kernels' order: the B of out = act(in * B + bias + residual).
 class packed_weight {
 public:
@@ -52,6 +98,8 @@ public:
                 index_t column_stride)
       : packed_weight(layer.inputs, k, n, b, row_stride, column_stride) {
     observer_ = layer.observer;
+    if (layer.simulated && inputs_ == precision::int8)
+      simulation_ = simulated_weight(k, n, b, row_stride, column_stride);
     if (!layer.quantized()) return;
     input_ = layer.input;
     scale_ = tensor<float>(shape{n});
@@ -72,7 +120,7 @@ public:
     if (!scale_.empty()) args.scale = scale_.data() + column;
     args.input = input_;
     if (observer_ && column == 0) observer_->see(args.m * args.taps, args.k, args.a);
-    matrix().gemm(args);
+    simulation_.empty() ? matrix().gemm(args) : simulation_.multiply(args, column);
   }
 
 private:
@@ -84,6 +132,7 @@ private:
   tensor<std::byte> packed_;
   tensor<float> scale_;  // (n), for int8: see kernels::gemm_args
   quantization input_{};
+  simulated_weight simulation_;
   input_observer* observer_ = nullptr;
 };
 

@@ -1,0 +1,77 @@
+/// Pictures of numbers, as SVG: nothing but text, and every browser shows it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <microtome/io/file.hpp>
+
+namespace microtome::app {
+
+class svg {
+public:
+  svg(double width, double height) {
+    add("<svg xmlns='http://www.w3.org/2000/svg' width='%.0f' height='%.0f' "
+        "font-family='sans-serif' font-size='11'>\n<rect width='100%%' height='100%%' "
+        "fill='white'/>\n",
+        width, height);
+  }
+
+  void bar(double x, double y, double width, double height, const char* color) {
+    add("<rect x='%.1f' y='%.1f' width='%.1f' height='%.1f' ", x, y, width, height);
+    text_ += std::string("fill='") + color + "'/>\n";
+  }
+  void label(double x, double y, const std::string& text, const char* anchor = "start") {
+    add("<text x='%.1f' y='%.1f' ", x, y);
+    text_ += std::string("text-anchor='") + anchor + "'>" + escaped(text) + "</text>\n";
+  }
+
+  void write(const std::string& path) {
+    text_ += "</svg>\n";
+    io::replace_file(path, std::as_bytes(std::span(text_)));
+  }
+
+private:
+  template <class... Values>
+  void add(const char* format, Values... values) {
+    char line[512];
+    std::snprintf(line, sizeof line, format, values...);
+    text_ += line;
+  }
+  static std::string escaped(const std::string& text) {
+    std::string out;
+    for (const char c : text)
+      out += c == '<' ? "&lt;" : c == '&' ? "&amp;" : std::string(1, c);
+    return out;
+  }
+
+  std::string text_;
+};
+
+/// A horizontal bar for each label, longest first if sorted so.
+inline void draw_bars(const std::string& path, const std::string& title,
+                      const std::vector<std::pair<std::string, double>>& values) {
+  const double row = 15, left = 260, width = 420;
+  double most = 1e-12;
+  for (const auto& [name, value] : values) most = std::max(most, value);
+  svg picture(left + width + 80, row * static_cast<double>(values.size() + 2));
+  picture.label(8, 15, title);
+  double y = 2 * row;
+  for (const auto& [name, value] : values) {
+    const double length = std::max(0.0, value) / most * width;
+    picture.label(left - 6, y, name, "end");
+    picture.bar(left, y - 10, length, 11, "#2a7f62");
+    char number[32];
+    std::snprintf(number, sizeof number, "%.5f", value);
+    picture.label(left + length + 5, y, number);
+    y += row;
+  }
+  picture.write(path);
+}
+
+}  // namespace microtome::app
