@@ -8,6 +8,7 @@
 
 #include "cases.hpp"
 #include "commands.hpp"
+#include "plot.hpp"
 
 namespace microtome::app {
 
@@ -16,10 +17,30 @@ namespace {
 namespace fs = std::filesystem;
 
 struct calibrate_options {
-  std::string model, input, output;
+  std::string model, input, output, plot;
   observer_kind observer = observer_kind::mse;
   int threads = 0;
 };
+
+void draw(const std::string& path, const calibrator& watching, const activation_ranges& ranges) {
+  constexpr index_t coarse = 32;  // bins of the histogram in a bar of the plot
+  std::vector<histogram_plot> plots;
+  for (const auto& [name, histogram] : watching.histograms()) {
+    histogram_plot plot{layer_place(name).text(), {}, histogram->range.low,
+                        histogram->range.high,    0,  0};
+    for (index_t bin = 0; bin < value_histogram::bins; bin += coarse) {
+      double count = 0;
+      for (index_t i = bin; i < bin + coarse; ++i)
+        count += static_cast<double>(histogram->count(i));
+      plot.counts.push_back(count);
+    }
+    const value_range kept = ranges.layers.at(name);
+    plot.kept_low = kept.low;
+    plot.kept_high = kept.high;
+    plots.push_back(std::move(plot));
+  }
+  draw_histograms(path, plots);
+}
 
 int run_calibrate(const calibrate_options& options) {
   const std::vector<fs::path> cases = find_cases(options.input);
@@ -35,6 +56,7 @@ int run_calibrate(const calibrate_options& options) {
   for (const fs::path& path : cases) segment_case(s, io::read_case(path));
   const activation_ranges ranges = watching.ranges(options.observer, file.fingerprint());
   ranges.write(options.output);
+  if (!options.plot.empty()) draw(options.plot, watching, ranges);
   std::printf("%-28s %12s %12s\n", "layer", "low", "high");
   for (const auto& [name, range] : ranges.layers)
     std::printf("%-28s %12.5g %12.5g\n", layer_place(name).text().c_str(), double{range.low},
@@ -59,6 +81,7 @@ command add_calibrate(CLI::App& app) {
       ->transform(
           CLI::CheckedTransformer(names).description("{min-max,average,percentile,mse,entropy}"))
       ->default_str("mse");
+  app.add_option("--plot", options->plot, "SVG file for the histograms");
   app.add_option("--threads", options->threads, "threads; 0: every CPU")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();

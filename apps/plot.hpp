@@ -45,8 +45,7 @@ private:
   }
   static std::string escaped(const std::string& text) {
     std::string out;
-    for (const char c : text)
-      out += c == '<' ? "&lt;" : c == '&' ? "&amp;" : std::string(1, c);
+    for (const char c : text) out += c == '<' ? "&lt;" : c == '&' ? "&amp;" : std::string(1, c);
     return out;
   }
 
@@ -70,6 +69,41 @@ inline void draw_bars(const std::string& path, const std::string& title,
     std::snprintf(number, sizeof number, "%.5f", value);
     picture.label(left + length + 5, y, number);
     y += row;
+  }
+  picture.write(path);
+}
+
+/// A small histogram for each name, its counts on a logarithmic scale, with `kept` shaded.
+struct histogram_plot {
+  std::string name;
+  std::vector<double> counts;
+  double low, high;            ///< of all bins
+  double kept_low, kept_high;  ///< of the range that was chosen
+};
+
+inline void draw_histograms(const std::string& path, const std::vector<histogram_plot>& plots) {
+  const double width = 230, height = 90, columns = 5, inside = width - 20;
+  const auto rows = std::ceil(static_cast<double>(plots.size()) / columns);
+  svg picture(columns * width, rows * height + 10);
+  for (std::size_t i = 0; i < plots.size(); ++i) {
+    const histogram_plot& p = plots[i];
+    const double x = static_cast<double>(i % 5) * width + 10;
+    const double y = static_cast<double>(i / 5) * height + height;  // of the axis
+    const auto at = [&](double value) { return x + (value - p.low) / (p.high - p.low) * inside; };
+    picture.bar(at(p.kept_low), y - 58, at(p.kept_high) - at(p.kept_low), 58, "#e4efe9");
+    const double most = std::log1p(*std::max_element(p.counts.begin(), p.counts.end()));
+    const double bar = inside / static_cast<double>(p.counts.size());
+    for (std::size_t b = 0; b < p.counts.size(); ++b) {
+      const double length = most > 0 ? std::log1p(p.counts[b]) / most * 55 : 0;
+      if (length > 0)
+        picture.bar(x + static_cast<double>(b) * bar, y - length, bar, length, "#2a7f62");
+    }
+    picture.label(x, y - 64, p.name);
+    char ends[64];
+    std::snprintf(ends, sizeof ends, "%.3g", p.low);
+    picture.label(x, y + 11, ends);
+    std::snprintf(ends, sizeof ends, "%.3g", p.high);
+    picture.label(x + inside, y + 11, ends, "end");
   }
   picture.write(path);
 }

@@ -62,9 +62,7 @@ void for_labels(const label_map& a, const label_map& b, Function&& f) {
 class analysis {
 public:
   analysis(const sensitivity_options& options)
-      : options_(options),
-        file_(options.model),
-        ranges_(activation_ranges::read(options.ranges)) {
+      : options_(options), file_(options.model), ranges_(activation_ranges::read(options.ranges)) {
     if (ranges_.model != file_.fingerprint())
       fail(options.ranges, ": the ranges are of another model than ", options.model);
     read_cases();
@@ -123,7 +121,8 @@ private:
     for (labelled_case& c : cases_) {
       const auto start = std::chrono::steady_clock::now();
       label_map found = segment_case(s, c.input);
-      const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
+      const std::chrono::duration<double, std::milli> took =
+          std::chrono::steady_clock::now() - start;
       times.push_back(took.count());
       for_labels(c.truth, found, [&](double d) { dice.push_back(d); });
       if (first) {

@@ -16,6 +16,7 @@ import re
 COLORS = {
     "gemm": "#2a7f62",
     "gemm_bf16": "#8bc4ae",
+    "gemm_int8": "#b02a4f",
     "attention": "#c2571a",
     "attention_bf16": "#e3a77f",
     "depthwise3x3": "#3b5ba9",
@@ -44,7 +45,7 @@ def load(path, threads):
 
 
 def table(rows):
-    peers = sorted(f for f in rows if f.startswith("gemm_") and f != "gemm_bf16")
+    peers = sorted(f for f in rows if f in ("gemm_onednn", "gemm_openblas", "gemm_xnnpack"))
     print("| kernel | GFLOP/s | GB/s | % of FMA peak | % of roofline | "
           + " | ".join(f"{p.removeprefix('gemm_')} GFLOP/s" for p in peers) + " |")
     print("| --- |" + " --- |" * (4 + len(peers)))
@@ -70,7 +71,7 @@ def draw(rows, roofs, path):
     ridge = peak / bandwidth
     ax.plot([0.3, ridge, 1000], [0.3 * bandwidth, peak, peak], color="black", lw=1)
     ax.annotate(f"FMA peak {peak:.0f} GFLOP/s", (1000, peak), ha="right", va="bottom")
-    ax.annotate(f"memory {bandwidth:.0f} GB/s", (0.35, 0.42 * bandwidth), rotation=33)
+    ax.annotate(f"memory {bandwidth:.0f} GB/s", (0.33, 0.38 * bandwidth), rotation=48, rotation_mode="anchor")
     for family, color in COLORS.items():
         runs = rows.get(family, {}).values()
         if runs:

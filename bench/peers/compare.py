@@ -76,14 +76,27 @@ class Worker:
         )
         self.turn(1)  # until it is ready
 
-    def turn(self, runs):
-        print(runs, file=self.process.stdin, flush=True)
+    def ask(self, request):
+        try:
+            print(request, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # it ended, and may have said why
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError("a runtime ended early; its message is above")
         answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def turn(self, runs):
+        answer = self.ask(runs)
         self.memory = answer["rss_mb"]
         return self.scale * statistics.median(answer["ms"])
+
+    def answer(self, inputs, path):
+        """Writes the answer to the inputs in an .npz file as an .npy file."""
+        self.ask(f"{inputs}\t{path}")
 
     def end(self):
         self.process.stdin.close()
@@ -113,13 +126,17 @@ def prepare(folder):
                           opset_version=17, input_names=list(inputs))
 
 
+def chosen(label, words):
+    return not words or any(word.lower() in label.lower() for word in words)
+
+
 def start(part, options, folder):
     """The contenders, those of them that run here."""
     contenders = {}
     for label, how in ROWS.items():
         if part == "decoder" and label in ENCODER_ONLY:
             continue
-        if options.only and not any(word.lower() in label.lower() for word in options.only):
+        if not chosen(label, options.only):
             continue
         if isinstance(how, list):
             model = folder / "model.safetensors"
@@ -142,13 +159,19 @@ def differences(part, contenders, folder):
             for label, c in contenders.items() if isinstance(c, Worker)}
 
 
-def compare(part, options, folder):
-    contenders = start(part, options, folder)
+def take_turns(contenders, rounds, runs):
+    """Times of each contender, one for each of its turns."""
     times = {label: [] for label in contenders}
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for label, contender in contenders.items():
             time.sleep(0.1)  # until the other runtime's threads no longer spin
-            times[label].append(contender.turn(options.runs))
+            times[label].append(contender.turn(runs))
+    return times
+
+
+def compare(part, options, folder):
+    contenders = start(part, options, folder)
+    times = take_turns(contenders, options.rounds, options.runs)
     for contender in contenders.values():
         contender.end()
     medians = {label: statistics.median(values) for label, values in times.items()}

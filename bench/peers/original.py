@@ -66,13 +66,15 @@ def next_box(mask, whole):
     return np.array([x0, y0, x1, y1])
 
 
-def segment_image(model, image, boxes):
-    shape = image.shape[:2]
+def segment_boxes(model, embedding, boxes, shape):
     segs = np.zeros(shape, np.uint16)
-    embedding = model.image_encoder(preprocess(image))
     for label, box in enumerate(boxes, 1):
         segs[decode(model, embedding, to_input(box, shape), shape) > 0] = label
     return segs
+
+
+def segment_image(model, image, boxes):
+    return segment_boxes(model, model.image_encoder(preprocess(image)), boxes, image.shape[:2])
 
 
 def segment_volume(model, volume, boxes):

@@ -90,8 +90,9 @@ std::uint64_t hash_of(view<const float> values) {
 
 TEST_CASE("a quantised file gives what quantising at load gives, and what its simulation gives") {
   const activation_ranges ranges = calibrate(observer_kind::mse);
-  for (const char* rules : {"full", "mix-dwsc", "encoder", "weights-only",
-                            "full, 1:*:*=bf16, *:*:mlp.fc1|conv3=fp32, !1|2:*:*proj|conv1=int8-weights"}) {
+  for (const char* rules :
+       {"full", "mix-dwsc", "encoder", "weights-only",
+        "full, 1:*:*=bf16, *:*:mlp.fc1|conv3=fp32, !1|2:*:*proj|conv1=int8-weights"}) {
     CAPTURE(rules);
     const temporary_file written;
     const answer direct = run(quantized(rules, ranges, written.path));

@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Quantises the image encoder to 8 bits with microtome, ONNX Runtime, OpenVINO and PyTorch on the same
+calibration images, and compares them: time in turns as in compare.py, peak memory, size, and Dice of
+the masks that the fp32 decoder makes of what they answer.
+
+    pip install -r bench/peers/requirements.txt
+    python3 bench/peers/quantized.py
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import torch
+
+from compare import HERE, ROOT, Program, Worker, chosen, take_turns
+
+sys.path[:0] = [str(HERE)]
+
+import evaluate  # noqa: E402
+import lite_medsam  # noqa: E402
+import original  # noqa: E402
+import scenes  # noqa: E402
+
+CALIBRATION_SEED = 30_000_001  # neither training's nor evaluate.HELD_OUT_SEED
+SCHEMES = {  # label: scheme of `microtome quantize`
+    "microtome fp32": None,
+    "microtome int8, encoder": "encoder",
+    "microtome int8, encoder and decoder": "full",
+    "microtome int8 weights": "weights-only",
+}
+PEERS = {  # label: runtime of worker.py, tool of quantizers.py, what it begins with
+    "ONNX Runtime fp32": ("onnxruntime", None, "encoder.onnx"),
+    "ONNX Runtime int8": ("onnxruntime", "onnxruntime", "encoder.onnx"),
+    "OpenVINO fp32": ("openvino", None, "encoder.onnx"),
+    "OpenVINO int8, NNCF": ("openvino", "openvino", "encoder.onnx"),
+    "PyTorch fp32": ("pytorch-saved", None, "encoder.pt"),
+    "PyTorch int8, dynamic": ("pytorch-saved", "pytorch-dynamic", "encoder.pt"),
+    "PyTorch int8, eager": ("pytorch-saved", "pytorch-eager", "encoder.pt"),
+    "PyTorch int8, FX": ("pytorch-saved", "pytorch-fx", "encoder.pt"),
+    "PyTorch compiled fp32": ("pytorch-saved-compiled", None, "encoder.pt"),
+    "PyTorch compiled int8, PT2E": ("pytorch-saved-compiled", "pytorch-pt2e", "encoder.pt"),
+}
+
+
+def read_header(path):
+    with open(path, "rb") as file:
+        return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+
+
+def load_reference(path):
+    """The PyTorch reference with the weights of a model file, whose BatchNorms are folded."""
+    from safetensors.torch import load_file
+
+    model = lite_medsam.LiteMedSAM(json.loads(read_header(path)["__metadata__"]["config"]))
+    for module in model.modules():
+        if isinstance(module, lite_medsam.Conv2dBN):
+            c = module.c
+            module.c = torch.nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding,
+                                       groups=c.groups)
+            module.bn = torch.nn.Identity()
+    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    return model.eval().requires_grad_(False)
+
+
+def write_calibration(folder, count):
+    folder.mkdir()
+    for i in range(count):
+        rng = np.random.default_rng([CALIBRATION_SEED, i])
+        image, labels = scenes.make_scene(rng)
+        boxes = [scenes.jittered_box(rng, labels == n) for n in range(1, labels.max() + 1)]
+        evaluate.write_case(folder / f"calibration_{i:03}.npz", image, labels, boxes)
+
+
+def inputs_of(cases):
+    """What the encoder takes of each case, by name."""
+    return {path: original.preprocess(np.load(path)["imgs"]).numpy() for path in sorted(cases.glob("*.npz"))}
+
+
+class Comparison:
+    def __init__(self, options, folder):
+        self.options, self.folder = options, folder
+        self.cases, self.calibration = folder / "test", folder / "calibration"
+        self.failed, self.contenders, self.models, self.sizes = {}, {}, {}, {}
+        self.reference = load_reference(options.model)
+        write_calibration(self.calibration, options.cases)
+        evaluate.write_scenes(self.cases, options.test)
+        self.inputs = folder / "inputs"
+        self.inputs.mkdir()
+        for path, pixels in inputs_of(self.cases).items():
+            np.savez(self.inputs / path.name, image=pixels)
+        calibration = np.concatenate(list(inputs_of(self.calibration).values()))
+        np.save(folder / "images.npy", calibration)
+        self.example = torch.from_numpy(calibration[:1])
+        torch.save(self.reference.image_encoder, folder / "encoder.pt")
+        torch.onnx.export(self.reference.image_encoder, (self.example,), str(folder / "encoder.onnx"),
+                          dynamo=False, opset_version=17, input_names=["image"])
+
+    def start(self):
+        for label, scheme in SCHEMES.items():
+            if chosen(label, self.options.only):
+                self.attempt(label, self.start_ours, scheme)
+        for label, how in PEERS.items():
+            if chosen(label, self.options.only):
+                self.attempt(label, self.start_peer, *how)
+
+    def attempt(self, label, start, *how):
+        print(label, file=sys.stderr, flush=True)
+        try:
+            start(label, *how)
+        except RuntimeError as error:
+            self.failed[label] = str(error)
+
+    def program(self, *arguments):
+        run = subprocess.run([self.options.program, *map(str, arguments)], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
+        if run.returncode:
+            said = run.stderr.strip() or f"exit status {run.returncode}"
+            raise RuntimeError(f"microtome {arguments[0]}: {said}")
+
+    def start_ours(self, label, scheme):
+        model = self.options.model
+        if scheme:
+            model = self.folder / f"{scheme}.safetensors"
+            ranges = self.folder / "ranges.json"
+            if not ranges.exists():
+                self.program("calibrate", "-m", self.options.model, "-i", self.calibration, "-o", ranges,
+                             "--observer", self.options.observer)
+            self.program("quantize", "-m", self.options.model, "-r", ranges, "-o", model, "--scheme", scheme)
+        sizes = [np.diff(tensor["data_offsets"])[0] for name, tensor in read_header(model).items()
+                 if name.startswith("image_encoder.")]
+        self.models[label], self.sizes[label] = model, sum(sizes)
+        self.contenders[label] = Program(self.options.program, model, "encoder", self.options.threads, [])
+
+    def start_peer(self, label, runtime, tool, source):
+        folder = self.folder / label.replace(" ", "_")
+        folder.mkdir()
+        if tool:
+            arguments = [tool, self.folder / source, self.folder / "images.npy", folder]
+            done = subprocess.run([sys.executable, HERE / "quantizers.py", *arguments], text=True,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            if done.returncode:
+                said = done.stderr.strip() or f"exit status {done.returncode}"
+                raise RuntimeError(said.splitlines()[-1])
+        else:
+            shutil.copy(self.folder / source, folder)
+        self.sizes[label] = sum(path.stat().st_size for path in folder.glob("encoder.*"))
+        np.savez(folder / "encoder_inputs.npz", image=self.example.numpy())
+        self.contenders[label] = Worker(runtime, "encoder", folder, self.options.threads)
+
+    def accuracy(self):
+        """Dice of each contender's masks with the ground truth and with those of PyTorch in fp32."""
+        fp32 = self.folder / "fp32"
+        fp32.mkdir()
+        for path in sorted(self.inputs.glob("*.npz")):
+            pixels = torch.from_numpy(np.load(path)["image"])
+            segs = self.decode(self.reference.image_encoder(pixels), path.name)
+            np.savez_compressed(fp32 / path.name, gts=segs)
+        found = {}
+        for label, contender in self.contenders.items():
+            print(f"{label}: accuracy", file=sys.stderr, flush=True)
+            segs = self.folder / "segs" / label.replace(" ", "_")
+            segs.mkdir(parents=True)
+            try:
+                self.segment(label, contender, segs)
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+                continue
+            table = self.folder / "table.csv"
+            found[label] = [evaluate.mean(evaluate.rows_of(self.options.program, segs, truth, table))
+                            for truth in (self.cases, fp32)]
+        return found
+
+    def segment(self, label, contender, folder):
+        if label in self.models:
+            self.program("segment", "-m", self.models[label], "-i", self.cases, "-o", folder,
+                         "--threads", self.options.threads)
+            return
+        answer = self.folder / "embedding.npy"
+        for path in sorted(self.inputs.glob("*.npz")):
+            contender.answer(path, answer)
+            segs = self.decode(torch.from_numpy(np.load(answer)), path.name)
+            np.savez_compressed(folder / path.name, segs=segs)
+
+    def decode(self, embedding, name):
+        case = np.load(self.cases / name)
+        return original.segment_boxes(self.reference, embedding, case["boxes"], case["imgs"].shape[:2])
+
+    def print_table(self, times, accuracy):
+        medians = {label: statistics.median(values) for label, values in times.items()}
+
+        def ratio(label, base):
+            return f"{medians[label] / medians[base]:.2f}" if base in medians else ""
+
+        print("| encoder | median ms | min | max | times microtome's fp32 | times its own fp32 | peak MB | "
+              "weights MB | Dice | Dice with fp32's masks |")
+        print("|" + " --- |" * 10)
+        for label in [*SCHEMES, *PEERS]:
+            if label in self.failed:
+                print(f"| {label} | {self.failed[label]} |" + " |" * 8)
+            elif label in times:
+                values = times[label]
+                dice = [f"{value:.4f}" for value in accuracy.get(label, [])] or ["", ""]
+                print(f"| {label} | {medians[label]:.1f} | {min(values):.1f} | {max(values):.1f} | "
+                      f"{ratio(label, 'microtome fp32')} | {ratio(label, label.split(' int8')[0] + ' fp32')} | "
+                      f"{self.contenders[label].memory:.0f} | {self.sizes[label] / 1e6:.1f} | "
+                      f"{dice[0]} | {dice[1]} |")
+
+    def run(self):
+        options = self.options
+        self.start()
+        if not self.contenders:
+            self.print_table({}, {})
+            return
+        times = take_turns(self.contenders, options.rounds, options.runs)
+        accuracy = {} if options.skip_accuracy else self.accuracy()
+        for contender in self.contenders.values():
+            contender.end()
+        self.print_table(times, accuracy)
+        print(f"\n{options.threads} threads; medians of {options.rounds} turns of {options.runs} runs; "
+              f"calibrated on {options.cases} scenes, Dice over {options.test}; PyTorch {torch.__version__}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("-m", "--model", type=pathlib.Path, default=ROOT / "assets/lite_medsam_demo.safetensors",
+                        help="model file in fp32 (the demo's)")
+    parser.add_argument("--program", default=ROOT / "build" / "release" / "microtome")
+    parser.add_argument("--observer", default="mse", help="of `microtome calibrate` (%(default)s)")
+    parser.add_argument("--cases", type=int, default=32, help="scenes to calibrate on (%(default)s)")
+    parser.add_argument("--test", type=int, default=40, help="scenes to measure Dice on (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="runs in a turn (%(default)s)")
+    parser.add_argument("--only", nargs="+", help="rows whose names contain one of these")
+    parser.add_argument("--skip-accuracy", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        Comparison(options, pathlib.Path(folder)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""calibrate, quantize, sensitivity: a model in 8 bits, from a folder of cases to a segmentation."""
+
+import csv
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from conftest import make_case
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cases")
+    for i in range(3):
+        make_case(folder / f"2D_{i}.npz", seed=i)
+        data = dict(np.load(folder / f"2D_{i}.npz"))
+        labels = np.zeros((70, 61), np.uint8)
+        labels[6:50, 5:40] = 1
+        labels[20:69, 20:60] = 2
+        np.savez_compressed(folder / f"2D_{i}.npz", gts=labels, spacing=np.ones(3), **data)
+    return folder
+
+
+@pytest.fixture
+def ranges(run, tiny_model, cases, tmp_path):
+    path = tmp_path / "ranges.json"
+    done = run("calibrate", "-m", tiny_model, "-i", cases, "-o", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_from_calibration_to_masks(run, tiny_model, cases, ranges, tmp_path):
+    found = json.loads(ranges.read_text())
+    assert found["cases"] == 3 and found["observer"] == "mse" and len(found["layers"]) > 40
+    assert all(low <= 0 <= high for low, high in found["layers"].values())
+    model = tmp_path / "int8.safetensors"
+    done = run("quantize", "-m", tiny_model, "-r", ranges, "-o", model)
+    assert done.returncode == 0, done.stderr
+    assert "in int8" in done.stdout
+    assert model.stat().st_size < 0.55 * tiny_model.stat().st_size
+    listed = run("info", "-m", model).stdout
+    assert "int8          2:0:attn.qkv" in listed or "int8          1:0:attn.qkv" in listed
+    masks = []
+    for m, threads in ((tiny_model, 2), (model, 1), (model, 2)):
+        out = tmp_path / f"segs{len(masks)}"
+        assert run("segment", "-m", m, "-i", cases, "-o", out, "--threads", threads).returncode == 0
+        masks.append(np.stack([np.load(p)["segs"] for p in sorted(out.iterdir())]))
+    assert (masks[1] == masks[2]).all()
+    assert (masks[0] == masks[1]).mean() > 0.8
+    assert (masks[0] != masks[1]).any()
+
+
+def test_the_file_is_read_by_the_safetensors_library(run, tiny_model, ranges, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    model = tmp_path / "int8.safetensors"
+    assert run("quantize", "-m", tiny_model, "-r", ranges, "-o", model).returncode == 0
+    before, after = (safetensors.load_file(path) for path in (tiny_model, model))
+    name = "image_encoder.neck.0.weight"
+    assert after[name].dtype == np.int8
+    scale = after[f"{name}_scale"].reshape(-1, 1, 1, 1)
+    assert np.allclose(after[name] * scale, before[name], atol=0.501 * scale.max())
+    assert np.abs(after[name]).reshape(len(scale), -1).max(1).min() == 127
+    assert set(before) < set(after)
+
+
+def test_the_same_cases_give_the_same_ranges(run, tiny_model, cases, ranges, tmp_path):
+    again = tmp_path / "again.json"
+    assert run("calibrate", "-m", tiny_model, "-i", cases, "-o", again, "--threads", 1).returncode == 0
+    assert again.read_text() == ranges.read_text()
+
+
+@pytest.mark.parametrize("observer", ["min-max", "average", "percentile", "entropy"])
+def test_observers(run, tiny_model, cases, observer, tmp_path):
+    path = tmp_path / "ranges.json"
+    assert run("calibrate", "-m", tiny_model, "-i", cases, "-o", path, "--observer", observer).returncode == 0
+    assert json.loads(path.read_text())["observer"] == observer
+
+
+def test_histograms(run, tiny_model, cases, tmp_path):
+    done = run("calibrate", "-m", tiny_model, "-i", cases, "-o", tmp_path / "r.json",
+               "--plot", tmp_path / "histograms.svg")
+    assert done.returncode == 0, done.stderr
+    assert len(list(ElementTree.parse(tmp_path / "histograms.svg").iter())) > 100
+
+
+def test_weights_only_needs_no_ranges(run, tiny_model, cases, tmp_path):
+    model = tmp_path / "weights.safetensors"
+    done = run("quantize", "-m", tiny_model, "-o", model, "--scheme", "weights-only")
+    assert done.returncode == 0 and "in int8-weights" in done.stdout
+    assert run("segment", "-m", model, "-i", cases, "-o", tmp_path / "segs").returncode == 0
+
+
+def test_sensitivity_and_the_scheme_it_proposes(run, tiny_model, cases, ranges, tmp_path):
+    table = tmp_path / "sensitivity.csv"
+    done = run("sensitivity", "-m", tiny_model, "-r", ranges, "-i", cases, "-o", table, "--by", "stage",
+               "--budget", "1", "--plot", tmp_path / "bars.svg")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert {row["unit"] for row in rows} >= {"0:*:*", "neck:*:*", "decoder:*:*"}
+    for row in rows:
+        assert 0 <= float(row["dice_to_fp32"]) <= 1 and float(row["bytes_saved"]) > 0
+    ElementTree.parse(tmp_path / "bars.svg")
+    proposed = done.stdout.splitlines()[-1].split(": ", 1)[1]
+    done = run("quantize", "-m", tiny_model, "-r", ranges, "-o", tmp_path / "m.safetensors", "--scheme", proposed)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_budget_keeps_layers_in_fp32(run, tiny_model, cases, ranges, tmp_path):
+    done = run("sensitivity", "-m", tiny_model, "-r", ranges, "-i", cases, "-o", tmp_path / "s.csv", "--by",
+               "stage", "--budget", "0")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith(("scheme within 0.0000", "no scheme"))
+
+
+def test_bad_input_is_named(run, tiny_model, cases, ranges, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = tmp_path / "out.safetensors"
+
+    def complaint(*arguments):
+        done = run(*arguments)
+        assert done.returncode in (1, 2), done.stdout
+        assert not out.exists()
+        return done.stderr
+
+    assert "no .npz cases" in complaint("calibrate", "-m", tiny_model, "-i", empty, "-o", tmp_path / "r")
+    assert "turbo" in complaint("quantize", "-m", tiny_model, "-r", ranges, "-o", out, "--scheme", "turbo")
+    assert "no layer" in complaint(
+        "quantize", "-m", tiny_model, "-r", ranges, "-o", out, "--scheme", "full, 7:*:*=fp32")
+    assert "needs ranges" in complaint("quantize", "-m", tiny_model, "-o", out)
+
+    found = json.loads(ranges.read_text())
+
+    def with_ranges(change):
+        changed = json.loads(json.dumps(found))
+        change(changed)
+        path = tmp_path / "changed.json"
+        path.write_text(json.dumps(changed))
+        return complaint("quantize", "-m", tiny_model, "-r", path, "-o", out)
+
+    layer = next(iter(found["layers"]))
+    assert "another model" in with_ranges(lambda r: r.update(model="0" * 16))
+    assert "format" in with_ranges(lambda r: r.update(format="other"))
+    assert layer in with_ranges(lambda r: r["layers"].update({layer: [1, 2]}))
+    assert layer in with_ranges(lambda r: r["layers"].update({layer: [0, 0]}))
+    assert layer in with_ranges(lambda r: r["layers"].update({layer: "wide"}))
+    assert layer in with_ranges(lambda r: r["layers"].update({layer: [-1, 1e39]}))
+    assert "layers" in with_ranges(lambda r: r.pop("layers"))
+    (tmp_path / "text.json").write_text("{")
+    assert "not JSON" in complaint("quantize", "-m", tiny_model, "-r", tmp_path / "text.json", "-o", out)
+
+
+def test_a_model_is_not_replaced_by_its_quantised_self(run, tiny_model, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(tiny_model.read_bytes())
+    done = run("quantize", "-m", copy, "-o", copy, "--scheme", "weights-only")
+    assert done.returncode == 2 and "replace" in done.stderr
+    assert copy.read_bytes() == tiny_model.read_bytes()
+
+
+def test_activations_that_are_always_zero(run, tiny_model, cases, tmp_path):
+    """With the neck's first convolution zero, what follows its norm is not; with gamma and beta zero, it is."""
+    safetensors = pytest.importorskip("safetensors")
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    tensors = numpy_files.load_file(tiny_model)
+    with safetensors.safe_open(tiny_model, "np") as file:
+        metadata = file.metadata()
+    for part in ("weight", "bias"):
+        tensors[f"image_encoder.neck.1.{part}"] = np.zeros_like(tensors[f"image_encoder.neck.1.{part}"])
+    numpy_files.save_file(tensors, tmp_path / "zero.safetensors", metadata)
+    done = run("calibrate", "-m", tmp_path / "zero.safetensors", "-i", cases, "-o", tmp_path / "r.json")
+    assert done.returncode == 1
+    assert "image_encoder.neck.2" in done.stderr and "0 throughout" in done.stderr
+
+
+def test_damaged_scales_are_named(run, tiny_model, cases, ranges, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    model = tmp_path / "int8.safetensors"
+    assert run("quantize", "-m", tiny_model, "-r", ranges, "-o", model).returncode == 0
+    with safetensors.safe_open(model, "np") as file:
+        metadata = file.metadata()
+    layer = "image_encoder.neck.0"
+    for name, value, said in (
+        (f"{layer}.input_scale", np.float32([0]), "expected"),
+        (f"{layer}.input_scale", np.float32([np.nan]), "finite"),
+        (f"{layer}.input_zero_point", np.float32([300]), "0 to 255"),
+        (f"{layer}.input_zero_point", np.float32([1.5]), "whole"),
+        (f"{layer}.weight_scale", np.float32([1, 2]), "shape"),
+        (f"{layer}.weight", None, "-128"),
+    ):
+        tensors = numpy_files.load_file(model)
+        if value is None:
+            value = tensors[name].copy()
+            value.flat[3] = -128
+        tensors[name] = value
+        damaged = tmp_path / "damaged.safetensors"
+        numpy_files.save_file(tensors, damaged, metadata)
+        done = run("segment", "-m", damaged, "-i", cases, "-o", tmp_path / "segs")
+        assert done.returncode == 1
+        assert name in done.stderr and said in done.stderr, done.stderr
