@@ -82,12 +82,26 @@ def infer_config(shapes, image_size=256):
     )
 
 
-def expected_shapes(config):
-    """{name: shape} of every tensor in the state dict of a LiteMedSAM of this configuration."""
+def folded_convolutions(names):
+    """The convolutions in a state dict whose BatchNorm has been folded into their weight and bias."""
+    names = set(names)
+    return {
+        name.removesuffix(".c.bias")
+        for name in names
+        if name.endswith(".c.bias") and name.removesuffix("c.bias") + "bn.weight" not in names
+    }
+
+
+def expected_shapes(config, folded=()):
+    """{name: shape} of every tensor in the state dict of a LiteMedSAM of this configuration, in which
+    the convolutions `folded` have a bias and no BatchNorm."""
     shapes = {}
 
     def conv_bn(name, out, channels, kernel):
         shapes[f"{name}.c.weight"] = (out, channels, kernel, kernel)
+        if name in folded:
+            shapes[f"{name}.c.bias"] = (out,)
+            return
         for part in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"{name}.bn.{part}"] = (out,)
 
@@ -185,7 +199,7 @@ def expected_shapes(config):
 
 def check(shapes, config):
     """Raises ArchitectureError naming every missing, unexpected and mis-shaped tensor."""
-    expected = expected_shapes(config)
+    expected = expected_shapes(config, folded_convolutions(shapes))
     problems = [f"missing: {n} {s}" for n, s in expected.items() if n not in shapes]
     problems += [f"unexpected: {n} {tuple(s)}" for n, s in shapes.items() if n not in expected]
     problems += [

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Converts a LiteMedSAM checkpoint (.pth) into a model file for microtome (.safetensors).
 
+A checkpoint that was trained with quantisation in the loop, as a Brevitas state dict or a quantised ONNX
+graph, keeps its 8-bit weights and its scales: see brevitas_state.py and onnx_file.py.
+
 Needs NumPy, not PyTorch. Nothing in the checkpoint is executed: see checkpoint.py.
 """
 
@@ -10,10 +13,21 @@ import sys
 import numpy as np
 
 import architecture
+import brevitas_state
 import checkpoint
 import model_file
+import onnx_file
+import quantized
 
 BATCH_NORM_EPSILON = 1e-5
+
+
+def batch_norm_scale(tensors, norm):
+    """What a BatchNorm multiplies its channels by, in double precision."""
+    gamma, variance = (tensors[norm + part].astype(np.float64) for part in ("weight", "running_var"))
+    if (variance < 0).any():
+        raise architecture.ArchitectureError(f"{norm}running_var has negative values")
+    return gamma / np.sqrt(variance + BATCH_NORM_EPSILON)
 
 
 def fold_batch_norm(tensors):
@@ -30,13 +44,8 @@ def fold_batch_norm(tensors):
         if not name.endswith(".c.weight") or norm + "weight" not in tensors:
             folded[name] = value
             continue
-        gamma, beta, mean, variance = (
-            tensors[norm + part].astype(np.float64)
-            for part in ("weight", "bias", "running_mean", "running_var")
-        )
-        if (variance < 0).any():
-            raise architecture.ArchitectureError(f"{norm}running_var has negative values")
-        scale = gamma / np.sqrt(variance + BATCH_NORM_EPSILON)
+        beta, mean = (tensors[norm + part].astype(np.float64) for part in ("bias", "running_mean"))
+        scale = batch_norm_scale(tensors, norm)
         folded[name] = (value * scale[:, None, None, None]).astype(np.float32)
         folded[name.removesuffix("weight") + "bias"] = (beta - mean * scale).astype(np.float32)
     return folded
@@ -47,7 +56,7 @@ def halve(tensors, least=4096):
     Biases and norms stay fp32."""
     halved = {}
     for name, value in tensors.items():
-        if value.size >= least:
+        if value.size >= least and value.dtype == np.float32:
             largest = np.abs(value).max()
             if largest > np.finfo(np.float16).max:
                 raise architecture.ArchitectureError(f"{name} has values of {largest:.3g}, too large for fp16")
@@ -56,9 +65,18 @@ def halve(tensors, least=4096):
     return halved
 
 
-def convert(state, config=None, image_size=256):
+def fold_into_layer(layer, tensors):
+    """A quantised layer with the BatchNorm that follows it, if one does, folded into its scales."""
+    norm = layer.name.removesuffix("c") + "bn."
+    if not layer.name.endswith(".c") or norm + "weight" not in tensors:
+        return layer
+    return layer.folded(batch_norm_scale(tensors, norm))
+
+
+def convert(state, config=None, image_size=256, layers=()):
     """Turns a state dict {name: array} into the tensors and the configuration of a model file. The
-    configuration is read off the shapes unless it is given."""
+    configuration is read off the shapes unless it is given. `layers` are those in 8 bits; the state dict
+    has their weights in floats, too."""
     state = {n: v for n, v in state.items() if not architecture.IGNORED.search(n)}
     shapes = {name: value.shape for name, value in state.items()}
     config = config or architecture.infer_config(shapes, image_size)
@@ -68,13 +86,58 @@ def convert(state, config=None, image_size=256):
             raise architecture.ArchitectureError(f"{name} has dtype {value.dtype}, expected floats")
         if not np.isfinite(value).all():
             raise architecture.ArchitectureError(f"{name} holds NaN or infinite values")
-    tensors = fold_batch_norm({n: v.astype(np.float32) for n, v in state.items()})
+    state = {n: v.astype(np.float32) for n, v in state.items()}
+    tensors = fold_batch_norm(state)
+    for layer in layers:
+        layer.check()
+        tensors |= fold_into_layer(layer, state).tensors()
     return tensors, config
+
+
+def complete(found, layers, base, image_size):
+    """The state dict of which an ONNX graph holds `found`, among tensors that are not the checkpoint's,
+    and `base`, {name: array}, the rest. A convolution that has a bias in the graph has no BatchNorm."""
+    folded = architecture.folded_convolutions(found)
+    gone = tuple(f"{name}.bn." for name in folded)
+    together = {n: v for n, v in base.items() if not n.startswith(gone)} | found
+    try:
+        config = architecture.infer_config({n: v.shape for n, v in together.items()}, image_size)
+        expected = architecture.expected_shapes(config, folded).keys()
+        missing = [n for n in expected if n not in together]
+        if missing and not base:
+            raise architecture.ArchitectureError(f"{len(missing)} tensors are missing, such as {missing[0]!r}")
+    except architecture.ArchitectureError as error:
+        if base:
+            raise
+        raise architecture.ArchitectureError(
+            f"{error}. Graphs rarely name every tensor: --base takes the checkpoint that has the others"
+        ) from None
+    known = expected | base.keys()
+    known |= {f"{layer.name}.weight" for layer in layers}
+    return {n: v for n, v in together.items() if n in known}
+
+
+def read(path, base, image_size, choices):
+    """The state dict in a file, and its layers in 8 bits."""
+    if not path.lower().endswith(".onnx"):
+        return brevitas_state.read(checkpoint.load(path), choices)
+    found, layers = onnx_file.read(path)
+    rest = {}
+    if base:
+        try:
+            rest = checkpoint.load(base)
+        except (checkpoint.CheckpointError, OSError) as error:
+            raise checkpoint.CheckpointError(f"{base}: {error}") from None
+    state = complete(found, layers, rest, image_size)
+    if base:
+        taken = sum(n not in found and not architecture.IGNORED.search(n) for n in state)
+        print(f"{base}: {taken} tensors, which the graph does not name")
+    return state, layers
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help=".pth file, as torch.save writes it")
+    parser.add_argument("checkpoint", help=".pth file, as torch.save writes it, or quantised .onnx file")
     parser.add_argument("-o", "--output", required=True, help=".safetensors file to write")
     parser.add_argument(
         "--image-size", type=int, default=256, help="side of the model's input (%(default)s)"
@@ -83,19 +146,41 @@ def main(arguments=None):
         "--storage", choices=("fp32", "fp16"), default="fp32",
         help="fp16: half the file; weights are widened when it is loaded (%(default)s)",
     )
+    parser.add_argument(
+        "--base", metavar="CHECKPOINT",
+        help="for .onnx: the .pth file that has the tensors which the graph does not name",
+    )
+    brevitas = parser.add_argument_group("what the state dict of a Brevitas model does not say")
+    brevitas.add_argument(
+        "--unsigned", metavar="PATTERN", action="append", default=[],
+        help="layers with unsigned inputs, such as 'mask_decoder.*.lin2'; may be repeated",
+    )
+    brevitas.add_argument(
+        "--weight-scales", choices=("channel", "tensor"), default="channel",
+        help="what weights have a scale each for, where it is not kept (%(default)s)",
+    )
+    brevitas.add_argument(
+        "--scaling", choices=("float", "log", "power-of-two"), default="float",
+        help="how scales are kept (%(default)s)",
+    )
     options = parser.parse_args(arguments)
+    if options.base and not options.checkpoint.lower().endswith(".onnx"):
+        parser.error("--base is for .onnx files")
+    choices = brevitas_state.Choices(options.scaling, options.weight_scales, tuple(options.unsigned))
     try:
-        tensors, config = convert(
-            checkpoint.load(options.checkpoint), image_size=options.image_size
-        )
+        state, layers = read(options.checkpoint, options.base, options.image_size, choices)
+        tensors, config = convert(state, image_size=options.image_size, layers=layers)
         if options.storage == "fp16":
             tensors = halve(tensors)
-        model_file.write(options.output, tensors, config)
+        model_file.write(options.output, tensors, config, quantized.scheme(layers))
     except (checkpoint.CheckpointError, architecture.ArchitectureError, OSError) as error:
         print(f"convert.py: {options.checkpoint}: {error}", file=sys.stderr)
         return 1
     parameters = sum(v.size for v in tensors.values())
-    print(f"{options.output}: {len(tensors)} tensors, {parameters / 1e6:.2f} M parameters, {options.storage}")
+    print(
+        f"{options.output}: {len(tensors)} tensors, {parameters / 1e6:.2f} M parameters, {options.storage}"
+        + (f", {len(layers)} layers in 8 bits" if layers else "")
+    )
     return 0
 
 

@@ -7,25 +7,27 @@ import tempfile
 
 FORMAT_VERSION = "1"
 ALIGNMENT = 64
-_DTYPES = {"f4": "F32", "f2": "F16"}
+_DTYPES = {"f4": "F32", "f2": "F16", "i1": "I8"}
 
 
-def write(path, tensors, config, precision="fp32"):
-    """Writes {name: float array} all or nothing: into a file beside `path`, which is then renamed.
+def write(path, tensors, config, scheme=None):
+    """Writes {name: array} all or nothing: into a file beside `path`, which is then renamed.
 
     The format is safetensors (https://github.com/huggingface/safetensors): the length of the
     header, the header as JSON, the tensors without gaps. The header is padded so that the data starts
-    on a multiple of 64 bytes.
+    on a multiple of 64 bytes. `scheme` says which layers are in 8 bits (see quantized.scheme).
     """
     header = {
         "__metadata__": {
             "format": "microtome",
             "format_version": FORMAT_VERSION,
             "model": "lite_medsam",
-            "precision": precision,
+            "precision": "mixed" if scheme else "fp32",
             "config": json.dumps(config),
         }
     }
+    if scheme:
+        header["__metadata__"]["scheme"] = scheme
     position = 0
     for name in sorted(tensors):
         array = tensors[name]

@@ -191,7 +191,7 @@ public:
 
   static constexpr float norm2d_epsilon = 1e-6f;  // SAM's LayerNorm2d
 
-  linear embed_hidden;  // always fp32: 16 or 8 bits would lose some of the pixels' own
+  linear embed_hidden;  // fp32: 16 bits would lose some of the pixels' own 8
   linear embed;
   std::vector<tiny_vit_stage> stages;
   linear neck_project;

@@ -1,0 +1,124 @@
+"""Layers in 8 bits, as microtome's model files hold them.
+
+A layer NAME is `NAME.weight`, whole numbers from -127 to 127 in the checkpoint's shape, and
+`NAME.weight_scale`, one for each output channel: a weight is their product. Where its input is
+quantised, too, there are `NAME.input_scale` and `NAME.input_zero_point`, with which a number x becomes
+the byte clamp(round(x / scale) + zero_point, 0, 255).
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from architecture import ArchitectureError
+
+# Of scales and their inverses, as the runtime takes them: far from where fp32 ends.
+LEAST_SCALE = 1e-20
+_TRANSPOSED = re.compile(r"mask_decoder\.output_upscaling\.[03]")
+_EMBEDDING = re.compile(r"(_embed|_embeddings\.\d+|_token|_tokens)$")
+
+
+def out_axis(name):
+    """Which axis of a layer's weight the output channels are."""
+    return 1 if _TRANSPOSED.fullmatch(name) else 0
+
+
+def per_channel(values, name, ndim):
+    """Numbers (out) in the shape that they have beside a layer's weight."""
+    shape = [1] * ndim
+    shape[out_axis(name)] = -1
+    return values.reshape(shape)
+
+
+def check_scale(scale, name):
+    """Raises ArchitectureError unless all of a scale is finite, positive and of a sensible size."""
+    bad = ~(np.isfinite(scale) & (scale >= LEAST_SCALE) & (scale <= 1 / LEAST_SCALE))
+    if bad.any():
+        raise ArchitectureError(
+            f"{name} holds {np.ravel(scale)[np.ravel(bad)][0]}, expected scales from {LEAST_SCALE} to "
+            f"{1 / LEAST_SCALE}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """How a layer's input becomes bytes."""
+
+    scale: np.float32
+    zero_point: int
+
+    def check(self, name):
+        check_scale(np.float32(self.scale), f"{name}.input_scale")
+        if not 0 <= self.zero_point <= 255:
+            raise ArchitectureError(f"{name}.input_zero_point is {self.zero_point}, expected 0 to 255")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    name: str
+    whole: np.ndarray
+    scale: np.ndarray
+    input: Input | None = None
+
+    def check(self):
+        name = self.name
+        if self.whole.ndim < 2 or _EMBEDDING.search(name):
+            raise ArchitectureError(f"{name}.weight is quantised, but {name} is no convolution and not linear")
+        check_scale(self.scale, f"{name}.weight_scale")
+        out = self.whole.shape[out_axis(name)]
+        if self.scale.shape != (out,):
+            raise ArchitectureError(f"{name}.weight_scale has shape {self.scale.shape}, expected {(out,)}")
+        if np.abs(self.whole.astype(np.int64)).max(initial=0) > 127:
+            raise ArchitectureError(
+                f"{name}.weight holds whole numbers from {self.whole.min()} to {self.whole.max()}, "
+                "expected -127 to 127"
+            )
+        if self.input:
+            self.input.check(name)
+
+    def folded(self, factor):
+        """The layer with every output channel multiplied by one of `factor`. Its whole numbers stay,
+        but for their signs; those of a channel that vanishes become 0."""
+        scale = (self.scale.astype(np.float64) * np.abs(factor)).astype(np.float32)
+        vanished = scale < LEAST_SCALE
+        sign = np.where(vanished, 0, np.sign(factor)).astype(np.int8)
+        whole = self.whole * per_channel(sign, self.name, self.whole.ndim)
+        return dataclasses.replace(
+            self, whole=whole, scale=np.where(vanished, np.float32(1), scale).astype(np.float32)
+        )
+
+    def tensors(self):
+        """{name: array} of what the model file holds."""
+        held = {f"{self.name}.weight": self.whole.astype(np.int8), f"{self.name}.weight_scale": self.scale}
+        if self.input:
+            held[f"{self.name}.input_scale"] = np.array([self.input.scale], np.float32)
+            held[f"{self.name}.input_zero_point"] = np.array([self.input.zero_point], np.float32)
+        return held
+
+
+def place(name):
+    """Where a layer stands, as the runtime's schemes name it: (stage, block, layer)."""
+    part, _, path = name.removesuffix(".c").partition(".")
+    if part == "image_encoder":
+        if not path.startswith("layers."):
+            stage, _, path = path.partition(".")
+            return stage, "-", path
+        stage, _, path = path.removeprefix("layers.").partition(".")
+        block, _, path = path.removeprefix("blocks.").partition(".")
+        return stage, block, path
+    block, _, path = path.removeprefix("transformer.").removeprefix("layers.").partition(".")
+    return ("decoder" if part == "mask_decoder" else "prompt"), block, path
+
+
+def scheme(layers):
+    """The scheme that says what each layer is computed in; those it does not name are fp32."""
+    rules = {}
+    for layer in sorted(layers, key=lambda layer: layer.name):
+        stage, block, path = place(layer.name)
+        precision = "int8" if layer.input else "int8-weights"
+        rules.setdefault((stage, block, precision), []).append(path)
+    return ", ".join(
+        f"{stage}:{block}:{'|'.join(paths)}={precision}"
+        for (stage, block, precision), paths in rules.items()
+    )
