@@ -61,6 +61,9 @@ public:
 /// and `<name>.input_zero_point` (1).
 class weights {
 public:
+  /// Of an input: scales and their inverses are far from where fp32 ends.
+  static constexpr float least_scale = 1e-20f;
+
   weights(const safetensors& file, precision inputs = precision::fp32, layer_hook* hook = nullptr)
       : file_(&file), inputs_(inputs), hook_(hook) {}
 
@@ -119,11 +122,6 @@ private:
     return {scale, static_cast<int>(zero_point)};
   }
 
-public:
-  /// Of an input: scales and their inverses are far from where fp32 ends.
-  static constexpr float least_scale = 1e-20f;
-
-private:
   const safetensors* file_;
   precision inputs_;
   layer_hook* hook_;

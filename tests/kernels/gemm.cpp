@@ -1,17 +1,11 @@
 #include <kernels/reference.hpp>
 #include <kernels/table.hpp>
 
-#include "../support.hpp"
+#include "fma.hpp"
 
 namespace microtome::tests {
 
 namespace {
-
-/// Whether the target multiplies and adds with one rounding, as the definition of bf16 has it.
-bool has_fma() {
-  const std::string name = kernels::active().name;
-  return name != "sse4" && name != "ssse3" && name != "portable";
-}
 
 struct gemm_case {
   index_t m, n, k, taps = 1;

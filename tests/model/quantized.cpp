@@ -1,6 +1,7 @@
 // The tiny model in 8 bits: calibrated, quantised, written, loaded, simulated.
 #include <microtome/quantize.hpp>
 
+#include "../kernels/fma.hpp"
 #include "golden_support.hpp"
 
 namespace microtome::tests {
@@ -120,9 +121,8 @@ TEST_CASE("8 bits stay near fp32, and are not fp32") {
 }
 
 TEST_CASE("int8 gives the same bits on every target with fused multiply-adds") {
-  const std::string target = kernels::active().name;
-  if (target != "avx2" && target != "avx512" && target != "neon") {
-    MESSAGE("skipped: " << target << " has no fused multiply-add");
+  if (!has_fma()) {
+    MESSAGE("skipped: " << kernels::active().name << " has no fused multiply-add");
     return;
   }
   const answer found = run(quantized("full", calibrate(observer_kind::min_max)));
