@@ -139,8 +139,9 @@ TEST_CASE("calibration does not depend on threads, and observers nest") {
     REQUIRE(one.layers.size() == three.layers.size());
     CHECK(one.layers.size() > 40);
     for (const auto& [name, range] : one.layers) {
-      CAPTURE(name);
-      const value_range other = three.layers.at(name), all = widest.layers.at(name);
+      const std::string layer = name;
+      CAPTURE(layer);
+      const value_range other = three.layers.at(layer), all = widest.layers.at(layer);
       CHECK(range.low == other.low);
       CHECK(range.high == other.high);
       CHECK(range.low >= all.low - 1e-3f * (all.high - all.low));
