@@ -12,6 +12,10 @@
 
 #include <benchmark/benchmark.h>
 
+#include <microtome/ops/inverted_bottleneck.hpp>
+#include <microtome/resize.hpp>
+#include <microtome/safetensors_writer.hpp>
+
 #include "peers.hpp"
 #include "support.hpp"
 
@@ -178,6 +182,57 @@ void softmax_columns(benchmark::State& state, index_t count, index_t rows, index
           [&] { kernel.softmax_columns(count, rows, columns, x.data()); });
 }
 
+/// MBConv or patch merging, fused by rows, over a map of side x side: what no kernel does alone.
+void inverted_bottleneck(benchmark::State& state, index_t side, index_t in, index_t hidden,
+                         index_t out, index_t stride) {
+  safetensors_writer file;
+  const auto add = [&](const std::string& layer, shape weight) {
+    tensor<float> w = values(weight);
+    for (float& v : w) v *= 0.05f;
+    file.add(layer + ".weight", w);
+    file.add(layer + ".bias", values({weight[0]}));
+  };
+  add("b.conv1.c", {hidden, in, 1, 1});
+  add("b.conv2.c", {hidden, 1, 3, 3});
+  add("b.conv3.c", {out, hidden, 1, 1});
+  const std::vector<std::byte> bytes = file.bytes();
+  const safetensors read(bytes);
+  const map_size size{side, side};
+  const microtome::inverted_bottleneck block(read, "b", in, hidden, out, stride, stride == 1);
+  workspace ws(1, 0, block.scratch_bytes(size));
+  const tensor<float> x = values({size.tokens(), in});
+  tensor<float> result(shape{size.strided(stride).tokens(), out});
+  const auto pixels = static_cast<double>(size.tokens());
+  const auto kept = static_cast<double>(size.strided(stride).tokens());
+  measure(state,
+          {2 * static_cast<double>(hidden) *
+               (pixels * static_cast<double>(in) + kept * static_cast<double>(9 + out)),
+           floats(x.size() + result.size())},
+          [&] { block(ws, size, x, result); });
+}
+
+/// An image of bytes, grey or in colours, to the model's input.
+void resize_image(benchmark::State& state, index_t height, index_t width, index_t channels) {
+  tensor<std::uint8_t> image(shape{height, width, channels});
+  for (index_t i = 0; i < image.size(); ++i) image[i] = static_cast<std::uint8_t>(i * 7);
+  const index_t longest = std::max(height, width);
+  const auto bytes = static_cast<double>(image.size());
+  measure(state, {2 * bytes, bytes}, [&] {
+    benchmark::DoNotOptimize(resize_area(image, height * 256 / longest, width * 256 / longest));
+  });
+}
+
+/// Logits of 256 x 256 to a mask of the image's size.
+void resize_mask(benchmark::State& state, index_t height, index_t width) {
+  const tensor<float> logits = values({256, 256});
+  tensor<std::uint8_t> mask(shape{height, width});
+  const auto pixels = static_cast<double>(mask.size());
+  measure(state, {6 * pixels, pixels + floats(logits.size())}, [&] {
+    resize_bilinear(logits, 256, 256, height, width, 0, height,
+                    [&](index_t y, index_t x, float v) { mask[y * width + x] = v > 0; });
+  });
+}
+
 std::string size_name(const gemm_shape& s) {
   return std::to_string(s.m) + "x" + std::to_string(s.n) + "x" + std::to_string(s.taps * s.k);
 }
@@ -226,6 +281,14 @@ void register_all() {
     add("depthwise3x3/" + std::to_string(width) + "x" + std::to_string(channels) +
             "/stride:" + std::to_string(stride),
         depthwise, width, channels, stride);
+  add("mbconv/256x256x64x256", inverted_bottleneck, index_t{256}, index_t{64}, index_t{256},
+      index_t{64}, index_t{1});
+  add("merging/256x256x64x128", inverted_bottleneck, index_t{256}, index_t{64}, index_t{128},
+      index_t{128}, index_t{2});
+  add("resize_image/2604x1726x3", resize_image, index_t{2604}, index_t{1726}, index_t{3});
+  add("resize_image/512x512x1", resize_image, index_t{512}, index_t{512}, index_t{1});
+  add("resize_mask/2604x1726", resize_mask, index_t{2604}, index_t{1726});
+  add("resize_mask/512x512", resize_mask, index_t{512}, index_t{512});
   for (const index_t c : {64, 128, 160, 256, 320})
     add("layer_norm/96x" + std::to_string(c), layer_norm, index_t{96}, c);
   add("gelu/1536", gelu, index_t{1536});

@@ -37,7 +37,10 @@ public:
   }
 
   /// Throws `error` as io::replace_file does.
-  void write(const std::filesystem::path& path) const {
+  void write(const std::filesystem::path& path) const { io::replace_file(path, bytes()); }
+
+  /// The file.
+  std::vector<std::byte> bytes() const {
     std::string text = header_.dump();
     text.resize((8 + text.size() + 63) / 64 * 64 - 8, ' ');  // the data starts at a multiple of 64
     std::vector<std::byte> file(8 + text.size());
@@ -45,7 +48,7 @@ public:
     std::memcpy(file.data(), &size, 8);
     std::memcpy(file.data() + 8, text.data(), text.size());
     file.insert(file.end(), data_.begin(), data_.end());
-    io::replace_file(path, file);
+    return file;
   }
 
 private:
