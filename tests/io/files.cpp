@@ -273,6 +273,11 @@ TEST_CASE("a failed write leaves what was there, and nothing else") {
   CHECK(mentions(error_of([&] { io::replace_file(blocked, {}); }), {"x.npz"}));
   CHECK(mentions(error_of([&] { file.write(folder / "missing" / "x.npz"); }), {"missing"}));
   CHECK(mentions(error_of([&] { io::replace_file(folder / "missing/x", {}); }), {"missing"}));
+  const std::filesystem::path device = "/dev/null";
+  if (std::filesystem::exists(device)) {
+    CHECK(mentions(error_of([&] { io::replace_file(device, {}); }), {"not a regular file"}));
+    CHECK(std::filesystem::is_character_file(device));
+  }
   CHECK(fs::exists(blocked / "inside"));
   CHECK(folder.files() == 1);
 }

@@ -93,9 +93,12 @@ private:
 };
 
 /// Writes a whole file or nothing: into a new file beside `path`, which then takes its name. Throws
-/// `error` with the system's reason (a missing folder, no permission, a full disk); whatever was at
-/// `path` before is then still there.
+/// `error` with the system's reason (a missing folder, no permission, a full disk), or where `path`
+/// is something else than a file; whatever was at `path` before is then still there.
 inline void replace_file(const std::filesystem::path& path, std::span<const std::byte> bytes) {
+  std::error_code unknown;
+  if (std::filesystem::exists(path, unknown) && !std::filesystem::is_regular_file(path, unknown))
+    fail(path.string(), ": is not a regular file, and is not replaced");
   std::filesystem::path temporary = path;
   temporary += std::string(".").append(std::to_string(std::random_device{}())).append(".part");
   const auto give_up = [&](const char* what, int reason) {
