@@ -144,8 +144,6 @@ struct table {
   /// Whether bf16 runs on instructions of its own; elsewhere it gives the same bits, at the speed
   /// of fp32 at best.
   bool native_bf16;
-  /// Products of bytes that an instruction of int8 GEMM adds up in each 32-bit lane.
-  ptrdiff_t int8_step;
   /// Columns of B that lie side by side in a packed panel.
   ptrdiff_t panel_width;
   /// n_k rounded up to the vector width that attention works in.

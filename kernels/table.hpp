@@ -14,31 +14,20 @@ namespace microtome::kernels {
 
 namespace MICROTOME_TARGET_NAMESPACE {
 
+/// Products with factors of one precision, and attention near them.
+template <class Inputs, class Attention = Inputs>
+inline constexpr matrix_kernels kernels_of{.packed_bytes = packed_bytes<Inputs>,
+                                           .pack_b = pack_b<Inputs>,
+                                           .gemm = gemm<Inputs>,
+                                           .attention_scratch = attention_scratch<Attention>,
+                                           .attention = attention<Attention>};
+
 inline constexpr table kernel_table{
     .name = MICROTOME_TARGET_NAME,
     .description = MICROTOME_TARGET_DESCRIPTION,
-    .matrices = {{.packed_bytes = packed_bytes<fp32_inputs>,
-                  .pack_b = pack_b<fp32_inputs>,
-                  .gemm = gemm<fp32_inputs>,
-                  .attention_scratch = attention_scratch<fp32_inputs>,
-                  .attention = attention<fp32_inputs>},
-                 {.packed_bytes = packed_bytes<bf16_inputs>,
-                  .pack_b = pack_b<bf16_inputs>,
-                  .gemm = gemm<bf16_inputs>,
-                  .attention_scratch = attention_scratch<bf16_inputs>,
-                  .attention = attention<bf16_inputs>},
-                 {.packed_bytes = packed_bytes<int8_inputs>,
-                  .pack_b = pack_b<int8_inputs>,
-                  .gemm = gemm<int8_inputs>,
-                  .attention_scratch = attention_scratch<fp32_inputs>,
-                  .attention = attention<fp32_inputs>},
-                 {.packed_bytes = packed_bytes<int8_weight_inputs>,
-                  .pack_b = pack_b<int8_weight_inputs>,
-                  .gemm = gemm<int8_weight_inputs>,
-                  .attention_scratch = attention_scratch<fp32_inputs>,
-                  .attention = attention<fp32_inputs>}},
+    .matrices = {kernels_of<fp32_inputs>, kernels_of<bf16_inputs>,
+                 kernels_of<int8_inputs, fp32_inputs>, kernels_of<int8_weight_inputs, fp32_inputs>},
     .native_bf16 = MICROTOME_HAS_BF16_DOT,
-    .int8_step = int8_inputs::step,
     .panel_width = panel_width,
     .attention_columns = attention_columns,
     .depthwise3x3 = depthwise3x3,
