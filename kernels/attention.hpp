@@ -92,7 +92,7 @@ HWY_INLINE softmax_result softmax_scores(const attention_args& args, ptrdiff_t c
   if (bias) {
     for (ptrdiff_t j = 0; j < columns; j += batch_lanes) {
       const batch s =
-          xsimd::fma(batch::load_aligned(scores + j), scale, batch::load_unaligned(bias + j));
+          fused(batch::load_aligned(scores + j), scale, batch::load_unaligned(bias + j));
       s.store_aligned(scores + j);
       best = xsimd::max(best, s);
     }

@@ -71,11 +71,10 @@ inline void add_scaled(ptrdiff_t n, float factor, const float* x, float* out) {
   const batch scale(factor);
   ptrdiff_t i = 0;
   for (; i + batch_lanes <= n; i += batch_lanes)
-    xsimd::fma(scale, batch::load_unaligned(x + i), batch::load_unaligned(out + i))
+    fused(scale, batch::load_unaligned(x + i), batch::load_unaligned(out + i))
         .store_unaligned(out + i);
   if (i < n)
-    store_first(n - i, xsimd::fma(scale, load_first(n - i, x + i), load_first(n - i, out + i)),
-                out + i);
+    store_first(n - i, fused(scale, load_first(n - i, x + i), load_first(n - i, out + i)), out + i);
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

@@ -18,13 +18,13 @@ inline void layer_norm_rows(const layer_norm_args& args) {
     const batch centre(mean);
     const float squares = sum_of(c, x, mean, [centre](batch sum, batch v) {
       const batch d = v - centre;
-      return xsimd::fma(d, d, sum);
+      return fused(d, d, sum);
     });
     const float inverse = 1.0f / std::sqrt(std::fma(scale, squares, args.epsilon));
 
     const batch factor(inverse);
     const auto normalise = [&](batch v, batch gamma, batch beta) {
-      return apply_batch<Act>(xsimd::fma((v - centre) * factor, gamma, beta));
+      return apply_batch<Act>(fused((v - centre) * factor, gamma, beta));
     };
     ptrdiff_t i = 0;
     for (; i + batch_lanes <= c; i += batch_lanes)

@@ -13,14 +13,14 @@ namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 inline batch exp_batch(batch x) {
   x = xsimd::min(xsimd::max(x, batch(-87.3f)), batch(88.0f));
   const batch n = xsimd::nearbyint(x * batch(1.44269504f));
-  batch r = xsimd::fma(n, batch(-0.693359375f), x);
-  r = xsimd::fma(n, batch(2.12194440e-4f), r);
+  batch r = fused(n, batch(-0.693359375f), x);
+  r = fused(n, batch(2.12194440e-4f), r);
   batch p(0.00138146132f);
-  p = xsimd::fma(p, r, batch(0.00836870993f));
-  p = xsimd::fma(p, r, batch(0.0416683874f));
-  p = xsimd::fma(p, r, batch(0.166665207f));
-  p = xsimd::fma(p, r, batch(0.499999935f));
-  p = xsimd::fma(p * r, r, r) + batch(1.0f);
+  p = fused(p, r, batch(0.00836870993f));
+  p = fused(p, r, batch(0.0416683874f));
+  p = fused(p, r, batch(0.166665207f));
+  p = fused(p, r, batch(0.499999935f));
+  p = fused(p * r, r, r) + batch(1.0f);
   return xsimd::ldexp(p, xsimd::to_int(n));
 }
 
@@ -31,17 +31,17 @@ inline batch gelu_batch(batch x) {
   const batch c = xsimd::min(xsimd::max(x, batch(-5.2f)), batch(5.2f));
   const batch t = c * c;
   batch p(6.11374579e-06f);
-  p = xsimd::fma(p, t, batch(0.000329196452f));
-  p = xsimd::fma(p, t, batch(0.00560821416f));
-  p = xsimd::fma(p, t, batch(0.0508828563f));
-  p = xsimd::fma(p, t, batch(0.398941451f));
+  p = fused(p, t, batch(0.000329196452f));
+  p = fused(p, t, batch(0.00560821416f));
+  p = fused(p, t, batch(0.0508828563f));
+  p = fused(p, t, batch(0.398941451f));
   batch q(5.224986e-07f);
-  q = xsimd::fma(q, t, batch(0.00011848076f));
-  q = xsimd::fma(q, t, batch(0.00278556765f));
-  q = xsimd::fma(q, t, batch(0.0381067108f));
-  q = xsimd::fma(q, t, batch(0.29420128f));
-  q = xsimd::fma(q, t, batch(1.0f));
-  return xsimd::fma(x, c * p / q, x * batch(0.5f));
+  q = fused(q, t, batch(0.00011848076f));
+  q = fused(q, t, batch(0.00278556765f));
+  q = fused(q, t, batch(0.0381067108f));
+  q = fused(q, t, batch(0.29420128f));
+  q = fused(q, t, batch(1.0f));
+  return fused(x, c * p / q, x * batch(0.5f));
 }
 
 inline batch relu_batch(batch x) {

@@ -52,6 +52,17 @@ inline constexpr ptrdiff_t lanes = static_cast<ptrdiff_t>(hn::MaxLanes(float_tag
 using batch = xsimd::batch<float>;
 inline constexpr ptrdiff_t batch_lanes = static_cast<ptrdiff_t>(batch::size);
 
+/// a * b + c, with one rounding where the target has such an instruction. (xsimd 8's own fma rounds
+/// twice on AVX-512.)
+HWY_INLINE batch fused(batch a, batch b, batch c) {
+#if HWY_TARGET == HWY_SCALAR
+  return xsimd::fma(a, b, c);
+#else
+  using vector = hn::Vec<float_tag>;
+  return batch(hn::MulAdd(vector{a.data}, vector{b.data}, vector{c.data}).raw);
+#endif
+}
+
 /// The GEMM micro-kernel holds a tile of tile_rows x (tile_vectors * lanes) sums in registers,
 /// beside tile_vectors of B and one broadcast of A: 6 * 2 + 3 = 15 of 16 registers, or 14 * 2 + 3 =
 /// 31 of 32.
