@@ -53,8 +53,8 @@ struct quantization {
 ///
 ///     C = act(fma(float(sum of (q - zero_point) * B), scale, bias) + residual)
 ///
-/// where the sum is exact and float() rounds it to the nearest. For int8_weights B's column j is
-/// fp32(B * scale[j]), and then all is as in fp32.
+/// where the sum is exact and float() rounds it to the nearest. For int8_weights it is that of
+/// A * B in fp32, in the order that fp32 has.
 struct gemm_args {
   ptrdiff_t m, n, k;
   ptrdiff_t taps = 1;

@@ -19,9 +19,7 @@ namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 /// A piece of B of this many steps along k fills at most 3/4 of a 32 KiB L1 cache.
 template <class Inputs>
 inline constexpr ptrdiff_t k_block = 24 * 1024 / panel_width /
-                                     static_cast<ptrdiff_t>(std::is_same_v<Inputs, int8_inputs>
-                                                                ? sizeof(int8_inputs::b_element)
-                                                                : sizeof(float));
+                                     static_cast<ptrdiff_t>(sizeof(typename Inputs::b_element));
 /// Rows of A that are swept with one piece of B: a block of A is at most 256 KiB, half an L2.
 inline constexpr ptrdiff_t max_block_rows = 18 * tile_rows;
 inline ptrdiff_t block_rows(ptrdiff_t row_bytes, ptrdiff_t least) {
@@ -125,18 +123,16 @@ inline void gemm_rows(const gemm_args& args, const a_rows<Inputs>& rows, ptrdiff
   using sum = typename Inputs::sum;
   using b_element = typename Inputs::b_element;
   constexpr bool whole = std::is_integral_v<sum>;
-  constexpr bool expands = std::is_same_v<Inputs, int8_weight_inputs>;
   alignas(64) sum partial[max_block_rows * panel_width];
   alignas(64) sum start[panel_width];
   alignas(64) float bias[panel_width], scale[panel_width];
-  alignas(64) float expanded[expands ? k_block<Inputs> * panel_width : 1];
   const ptrdiff_t depth = args.taps * args.k;
   const auto* panel = static_cast<const std::byte*>(args.b);
   for (ptrdiff_t n0 = 0; n0 < args.n; n0 += panel_width, panel += panel_bytes<Inputs>(depth)) {
     const ptrdiff_t columns = std::min(panel_width, args.n - n0);
     std::fill_n(bias, panel_width, 0.0f);
     if (args.bias) std::copy_n(args.bias + n0, columns, bias);
-    if constexpr (whole || expands) {
+    if constexpr (Inputs::scaled) {
       std::fill_n(scale, panel_width, 0.0f);
       std::copy_n(args.scale + n0, columns, scale);
     }
@@ -144,6 +140,8 @@ inline void gemm_rows(const gemm_args& args, const a_rows<Inputs>& rows, ptrdiff
       const auto* totals = reinterpret_cast<const std::int32_t*>(
           panel + panel_bytes<Inputs>(depth) - column_sum_bytes<Inputs>);
       for (ptrdiff_t j = 0; j < panel_width; ++j) start[j] = Inputs::offset(args.input) * totals[j];
+    } else if constexpr (Inputs::scaled) {
+      std::fill_n(start, panel_width, 0.0f);
     } else {
       std::copy_n(bias, panel_width, start);
     }
@@ -155,20 +153,16 @@ inline void gemm_rows(const gemm_args& args, const a_rows<Inputs>& rows, ptrdiff
         const bool last = t == rows.taps - 1 && k1 == rows.count;
         const auto* packed = reinterpret_cast<const b_element*>(panel);
         const auto* piece = packed + (t * rows.count + k0) * panel_width;
-        if constexpr (expands) Inputs::expand(k1 - k0, piece, scale, expanded);
         for_tiles(m1 - m0, [&]<ptrdiff_t Rows>(ptrdiff_t row) {
           const ptrdiff_t m = m0 + row;
           const auto* const* a = rows.a + t * rows.stride + row;
           sum* spill = partial + row * panel_width;
           register_tile<Rows, tile_vectors, sum> tile;
           first ? tile.load(start, 0) : tile.load(spill, panel_width);
-          if constexpr (expands)
-            tile.template accumulate<fp32_inputs>(k1 - k0, a, k0, expanded);
-          else
-            tile.template accumulate<Inputs>(k1 - k0, a, k0, piece);
+          tile.template accumulate<Inputs>(k1 - k0, a, k0, piece);
           if (!last)
             tile.store(spill, panel_width);
-          else if constexpr (whole)
+          else if constexpr (Inputs::scaled)
             finish_tile(tile.scaled(scale, bias), args, m, n0, columns);
           else
             finish_tile(tile, args, m, n0, columns);

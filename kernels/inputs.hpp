@@ -61,6 +61,7 @@ struct fp32_inputs {
   static constexpr ptrdiff_t a_per_step = 1;
   static constexpr ptrdiff_t step = 1;     ///< elements of k in a step
   static constexpr bool converts = false;  ///< A is read where it lies
+  static constexpr bool scaled = false;    ///< B is whole numbers, to be scaled
 
   template <ptrdiff_t Rows, ptrdiff_t Vectors>
   static HWY_INLINE void multiply_add(const float* const (&a)[Rows], ptrdiff_t i, const float* b,
@@ -89,6 +90,7 @@ struct bf16_inputs {
   using b_element = std::uint32_t;  ///< elements 2i (lower half) and 2i + 1 of a column
   static constexpr ptrdiff_t step = 2;
   static constexpr bool converts = true;
+  static constexpr bool scaled = false;
 
 #if MICROTOME_HAS_BF16_DOT
   using a_element = std::uint32_t;  ///< elements 2i and 2i + 1 of a row

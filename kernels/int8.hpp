@@ -61,6 +61,7 @@ struct int8_inputs {
   static constexpr ptrdiff_t step = MICROTOME_INT8_STEP;
   static constexpr ptrdiff_t a_per_step = 1;
   static constexpr bool converts = true;
+  static constexpr bool scaled = true;
 
 #if MICROTOME_INT8_STEP == 4
   using a_element = std::uint32_t;  ///< 4 bytes
@@ -184,27 +185,31 @@ struct int8_inputs {
   };
 };
 
-/// fp32 factors, of which B is kept as whole numbers. A piece of it becomes floats in L1 before a
-/// block of rows is multiplied with it.
+/// fp32 factors, of which B is kept as whole numbers: they become floats as they are loaded, which
+/// the units beside the FMAs do meanwhile.
 struct int8_weight_inputs : fp32_inputs {
   using b_element = std::int8_t;
+  static constexpr bool scaled = true;
 
-  static b_element pack(const float (&x)[1]) { return static_cast<b_element>(x[0]); }
-
-  /// `count` rows of a panel, times the scales of their columns.
-  static void expand(ptrdiff_t count, const b_element* piece, const float* scale, float* out) {
+  template <ptrdiff_t Rows, ptrdiff_t Vectors>
+  static HWY_INLINE void multiply_add(const float* const (&a)[Rows], ptrdiff_t i,
+                                      const b_element* b, vector (&sums)[Rows][Vectors]) {
     const float_tag tag;
     const hn::Rebind<std::int8_t, float_tag> bytes;
-    vector factor[tile_vectors];
-    for (ptrdiff_t v = 0; v < tile_vectors; ++v) factor[v] = hn::Load(tag, scale + v * lanes);
-#pragma GCC unroll 4
-    for (ptrdiff_t i = 0; i < count; ++i)
+    vector column[Vectors];
 #pragma GCC unroll 8
-      for (ptrdiff_t v = 0; v < tile_vectors; ++v) {
-        const ptrdiff_t at = i * panel_width + v * lanes;
-        const auto whole = hn::PromoteTo(bits_tag(), hn::LoadU(bytes, piece + at));
-        hn::Store(hn::Mul(hn::ConvertTo(tag, whole), factor[v]), tag, out + at);
-      }
+    for (ptrdiff_t v = 0; v < Vectors; ++v)
+      column[v] = hn::ConvertTo(tag, hn::PromoteTo(bits_tag(), hn::LoadU(bytes, b + v * lanes)));
+#pragma GCC unroll 16
+    for (ptrdiff_t r = 0; r < Rows; ++r) {
+      const vector x = hn::Set(tag, a[r][i]);
+#pragma GCC unroll 8
+      for (ptrdiff_t v = 0; v < Vectors; ++v) sums[r][v] = hn::MulAdd(x, column[v], sums[r][v]);
+    }
+  }
+
+  static b_element pack(const float (&x)[1]) {
+    return static_cast<b_element>(x[0]);
   }
 };
 

@@ -90,6 +90,19 @@ inline void gemm_int8(const gemm_args& args) {
     }
 }
 
+/// What the product is with int8 weights alone, as exactly; without activation.
+inline void gemm_int8_weights(const gemm_args& args) {
+  const auto* b = static_cast<const float*>(args.b);
+  for (ptrdiff_t i = 0; i < args.m; ++i)
+    for (ptrdiff_t j = 0; j < args.n; ++j) {
+      float sum = 0;
+      for (ptrdiff_t at = 0; at < args.taps * args.k; ++at)
+        sum = std::fma(args.a[at / args.k * args.m + i][at % args.k], b[at * args.n + j], sum);
+      args.c[i][j] = std::fma(sum, args.scale[j], args.bias ? args.bias[j] : 0.0f);
+      if (args.residual) args.c[i][j] += args.residual[i][j];
+    }
+}
+
 /// Returns the logarithm of the sum of exponentials.
 inline double softmax(ptrdiff_t n, double* x) {
   const double largest = *std::max_element(x, x + n);

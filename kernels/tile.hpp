@@ -1,6 +1,8 @@
 /// The micro-kernel that GEMM and attention share: a register tile of sums, an outer product per k.
 #pragma once
 
+#include <type_traits>
+
 #include "inputs.hpp"
 #include "int8.hpp"
 
@@ -54,7 +56,7 @@ public:
       const vector addend = hn::Load(tag, bias + v * lanes);
 #pragma GCC unroll 16
       for (ptrdiff_t r = 0; r < Rows; ++r)
-        out.sums_[r][v] = hn::MulAdd(hn::ConvertTo(tag, sums_[r][v]), factor, addend);
+        out.sums_[r][v] = hn::MulAdd(as_floats(sums_[r][v]), factor, addend);
     }
     return out;
   }
@@ -89,6 +91,13 @@ public:
 private:
   template <ptrdiff_t, ptrdiff_t, class>
   friend class register_tile;
+
+  static HWY_INLINE vector as_floats(hn::Vec<hn::Rebind<Sum, float_tag>> v) {
+    if constexpr (std::is_integral_v<Sum>)
+      return hn::ConvertTo(float_tag(), v);
+    else
+      return v;
+  }
 
   static constexpr hn::Rebind<Sum, float_tag> tag_{};
   hn::Vec<hn::Rebind<Sum, float_tag>> sums_[Rows][Vectors];
