@@ -13,6 +13,7 @@
 #include "elementwise.hpp"
 #include "reduce.hpp"
 #include "tile.hpp"
+#include "transpose.hpp"
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
@@ -31,35 +32,6 @@ inline ptrdiff_t attention_scratch(ptrdiff_t n_k, ptrdiff_t d_k, ptrdiff_t d_v) 
   const ptrdiff_t columns = attention_columns(n_k);
   return columns * d_k + n_k * round_up(d_v, half_panel) +
          tile_rows * (columns + converted_size<Inputs>(d_k));
-}
-
-/// `rows` (at most `width`) rows of d floats become columns: panel[i][j] = rows[j][i], zeros in the
-/// columns that are left.
-template <ptrdiff_t Width>
-HWY_INLINE void pack_transposed(ptrdiff_t rows, ptrdiff_t d, const float* const* row,
-                                float* panel) {
-  ptrdiff_t j = 0;
-#if HWY_TARGET != HWY_SCALAR
-  const hn::FixedTag<float, 4> quad;
-  for (; j + 4 <= rows; j += 4) {
-    ptrdiff_t i = 0;
-    for (; i + 4 <= d; i += 4) {
-      const auto a = hn::LoadU(quad, row[j] + i), b = hn::LoadU(quad, row[j + 1] + i);
-      const auto c = hn::LoadU(quad, row[j + 2] + i), e = hn::LoadU(quad, row[j + 3] + i);
-      const auto ab0 = hn::InterleaveLower(quad, a, b), ab1 = hn::InterleaveUpper(quad, a, b);
-      const auto ce0 = hn::InterleaveLower(quad, c, e), ce1 = hn::InterleaveUpper(quad, c, e);
-      float* to = panel + i * Width + j;
-      hn::StoreU(hn::ConcatLowerLower(quad, ce0, ab0), quad, to);
-      hn::StoreU(hn::ConcatUpperUpper(quad, ce0, ab0), quad, to + Width);
-      hn::StoreU(hn::ConcatLowerLower(quad, ce1, ab1), quad, to + 2 * Width);
-      hn::StoreU(hn::ConcatUpperUpper(quad, ce1, ab1), quad, to + 3 * Width);
-    }
-    for (; i < d; ++i)
-      for (ptrdiff_t n = 0; n < 4; ++n) panel[i * Width + j + n] = row[j + n][i];
-  }
-#endif
-  for (; j < Width; ++j)
-    for (ptrdiff_t i = 0; i < d; ++i) panel[i * Width + j] = j < rows ? row[j][i] : 0.0f;
 }
 
 /// Columns `first` and on of n rows of d floats: panel[i][j] = row[i][first + j], zeros after d.
@@ -195,7 +167,7 @@ inline void attention(const attention_args& args) {
   for_panels(columns, [&]<ptrdiff_t Vectors>(ptrdiff_t j) {
     constexpr ptrdiff_t width = Vectors * lanes;
     float* panel = keys + j * args.d_k;
-    pack_transposed<width>(std::min(width, args.n_k - j), args.d_k, args.k + j, panel);
+    transpose_rows<width, width>(std::min(width, args.n_k - j), args.d_k, args.k + j, 0, panel);
     Inputs::finish_panel(args.d_k, width, panel);
   });
   for_panels(args.d_v, [&]<ptrdiff_t Vectors>(ptrdiff_t c) {

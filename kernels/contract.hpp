@@ -66,7 +66,13 @@ struct gemm_args {
   activation act = activation::none;
   const float* scale = nullptr;
   quantization input{};
+  ptrdiff_t column =
+      0;  ///< sparse B: multiplied are n of its columns from here on, a multiple of 64
 };
+
+/// In int8, the largest sum of |B| over a column that a sparse product takes: sums of whole numbers
+/// are then below 2^24, up to which fp32 holds all of them.
+inline constexpr ptrdiff_t max_sparse_column_sum = (1 << 24) / 255;
 
 /// out[i] = sum over j of softmax_j(scale * q[i].k[j] + bias[i][j]) v[j], for one head.
 ///
@@ -119,6 +125,15 @@ struct layer_norm_args {
   activation act = activation::none;
 };
 
+/// B (taps * k, n), element (i, j) at b[i * row_stride + j * column_stride], much of it zeros.
+struct sparse_matrix {
+  ptrdiff_t taps, k, n;
+  const float* b;
+  ptrdiff_t row_stride, column_stride;
+
+  float at(ptrdiff_t i, ptrdiff_t j) const { return b[i * row_stride + j * column_stride]; }
+};
+
 /// Products of matrices, with factors of one precision.
 struct matrix_kernels {
   /// Bytes that pack_b writes for B (k, n).
@@ -131,6 +146,14 @@ struct matrix_kernels {
   void (*gemm)(const gemm_args&);
   ptrdiff_t (*attention_scratch)(ptrdiff_t n_k, ptrdiff_t d_k, ptrdiff_t d_v);
   void (*attention)(const attention_args&);
+
+  /// Bytes that pack_sparse writes.
+  ptrdiff_t (*sparse_bytes)(const sparse_matrix&);
+  /// Packs the elements that are not zero.
+  void (*pack_sparse)(const sparse_matrix&, void* packed);
+  /// gemm with a B that pack_sparse packed; the same result to the bit. (bf16: where k is even or
+  /// taps is 1; int8: see max_sparse_column_sum.)
+  void (*sparse_gemm)(const gemm_args&);
 };
 
 /// The functions of one target. A new CPU is a new table.

@@ -9,6 +9,7 @@
 #include "layer_norm.hpp"
 #include "peak.hpp"
 #include "softmax.hpp"
+#include "sparse.hpp"
 
 namespace microtome::kernels {
 
@@ -20,7 +21,10 @@ inline constexpr matrix_kernels kernels_of{.packed_bytes = packed_bytes<Inputs>,
                                            .pack_b = pack_b<Inputs>,
                                            .gemm = gemm<Inputs>,
                                            .attention_scratch = attention_scratch<Attention>,
-                                           .attention = attention<Attention>};
+                                           .attention = attention<Attention>,
+                                           .sparse_bytes = sparse_bytes,
+                                           .pack_sparse = pack_sparse<Inputs>,
+                                           .sparse_gemm = sparse_gemm<Inputs>};
 
 inline constexpr table kernel_table{
     .name = MICROTOME_TARGET_NAME,

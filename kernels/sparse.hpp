@@ -1,0 +1,342 @@
+/// GEMM whose B is mostly zeros, which are neither stored nor multiplied.
+///
+/// Vectors run over rows of A (tokens), not over columns of B: a block of A is transposed into a
+/// tile that stays in L1, and each element of B that is not zero multiplies a row of the tile, one
+/// number per token, into the sums of its column. Whatever pattern the zeros have, every load is
+/// then a whole vector.
+///
+/// Loop order, from the outside: tiles of rows, chunks of columns (their sums stay in L2), blocks of
+/// k (the tile), groups of columns, elements. An element costs one broadcast, one offset and
+/// vectors_at_once FMAs, each with a load: bound by the FMA units where there are two loads to two
+/// FMAs, beside what it takes to transpose A and C (kernels of 4 x 4) and to keep the sums of a block.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+
+#include "contract.hpp"
+#include "elementwise.hpp"
+#include "int8.hpp"
+#include "transpose.hpp"
+
+namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
+
+/// Rows of A side by side in a tile. Two columns' sums over them
+/// are 12 vectors, or 24 of four floats.
+inline constexpr ptrdiff_t tile_tokens = std::max<ptrdiff_t>(6 * lanes, 48);
+inline constexpr ptrdiff_t tile_token_vectors = tile_tokens / lanes;
+/// Rows of a tile: it takes 24 of 32 KiB of L1, and offsets in it fit 16 bits.
+inline constexpr ptrdiff_t tile_depth = 24 * 1024 / 4 / tile_tokens;
+/// Columns whose sums take at most 128 KiB.
+inline constexpr ptrdiff_t chunk_columns = 128 * 1024 / 4 / tile_tokens / 64 * 64;
+/// Columns that are transposed back at a time, and among which a block may order them as it likes.
+inline constexpr ptrdiff_t strip_columns = 64;
+static_assert(chunk_columns % strip_columns == 0);
+
+/// Columns that are packed side by side, with as many elements each: of those with fewer some are
+/// zeros.
+inline constexpr ptrdiff_t group_columns = 4;
+
+/// What lies at the start of a packed B, and where the rest follows, in bytes from there.
+///
+/// B's rows are cut into `blocks` of at most `depth` rows, none across taps. In each block, and within
+/// strips of strip_columns, columns are sorted by how many elements they have, and each group_columns
+/// of them make a group: they have nearly as many, and the CPU guesses when a loop over them ends. The
+/// c-th column of group g of block i is places[(i * groups + g) * group_columns + c] (columns after the
+/// last one are empty); its elements, `count` as in the whole group, lie from starts[i * groups + g] + c *
+/// count on.
+struct sparse_header {
+  ptrdiff_t blocks, depth, groups, columns;
+  ptrdiff_t places;   ///< std::uint16_t
+  ptrdiff_t values;   ///< float: the elements
+  ptrdiff_t offsets;  ///< std::uint16_t: where in the tile an element's row starts, in bytes
+
+  explicit sparse_header(const sparse_matrix& b)
+      : groups(round_up(b.n, group_columns) / group_columns), columns(b.n) {
+    const ptrdiff_t pieces = (b.k + tile_depth - 1) / tile_depth;
+    depth = round_up((b.k + pieces - 1) / pieces, 2);  // pairs of bf16 stay together
+    blocks = b.taps * ((b.k + depth - 1) / depth);
+    places = static_cast<ptrdiff_t>(sizeof(*this)) + (blocks * groups + 1) * 4;
+    values = round_up(places + blocks * groups * group_columns * 2, 64);
+  }
+
+  /// What is at `offset` bytes of a packed B.
+  template <class T>
+  static const T* at(const void* packed, ptrdiff_t offset) {
+    return reinterpret_cast<const T*>(static_cast<const std::byte*>(packed) + offset);
+  }
+  const std::int32_t* starts() const { return reinterpret_cast<const std::int32_t*>(this + 1); }
+};
+
+/// How A and the elements of B become factors. Elements come in the order in which `gemm` adds them.
+template <class Inputs>
+class sparse_factors {
+public:
+  explicit sparse_factors(const gemm_args&) {}
+  static float element(float x) { return x; }
+  /// The i-th row of B in that order, of `count`.
+  static ptrdiff_t order(ptrdiff_t i, ptrdiff_t) { return i; }
+  static constexpr bool converts = false;
+  /// A vector of A's factors from the floats at x.
+  vector factor(const float* x) const { return hn::Load(float_tag(), x); }
+};
+
+template <>
+class sparse_factors<bf16_inputs> {
+public:
+  explicit sparse_factors(const gemm_args&) {}
+  static float element(float x) {
+    const hn::CappedTag<float, 1> one;
+    return hn::GetLane(hn::BitCast(one, round_to_bf16(one, hn::Set(one, x))));
+  }
+  static ptrdiff_t order(ptrdiff_t i, ptrdiff_t count) {
+    return (i ^ 1) < count ? i ^ 1 : i;  // the second of a pair first
+  }
+  static constexpr bool converts = true;
+  vector factor(const float* x) const {
+    const float_tag tag;
+    return hn::BitCast(tag, round_to_bf16(tag, hn::Load(tag, x)));
+  }
+};
+
+/// Whole numbers in floats: exact as long as a column's sum of |element| is at most
+/// max_sparse_column_sum.
+template <>
+class sparse_factors<int8_inputs> {
+public:
+  explicit sparse_factors(const gemm_args& args) : quantized_(args.input) {}
+  static float element(float x) { return x; }
+  static ptrdiff_t order(ptrdiff_t i, ptrdiff_t) { return i; }
+  static constexpr bool converts = true;
+  vector factor(const float* x) const {
+    return hn::ConvertTo(float_tag(), quantized_(float_tag(), x));
+  }
+
+private:
+  quantizer quantized_;
+};
+
+/// Calls f(group of all blocks, first row of the block in B, its rows, columns of the group, elements of
+/// each) in the order in which they are packed.
+template <class Function>
+inline void for_groups(const sparse_matrix& b, const sparse_header& h, Function&& f) {
+  ptrdiff_t group = 0;
+  for (ptrdiff_t tap = 0; tap < b.taps; ++tap)
+    for (ptrdiff_t k0 = 0; k0 < b.k; k0 += h.depth) {
+      const ptrdiff_t first = tap * b.k + k0, rows = std::min(h.depth, b.k - k0);
+      for (ptrdiff_t strip = 0; strip < b.n; strip += strip_columns) {
+        const ptrdiff_t width = std::min(strip_columns, b.n - strip);
+        ptrdiff_t counts[strip_columns] = {}, order[strip_columns];
+        for (ptrdiff_t j = 0; j < strip_columns; ++j) order[j] = j;
+        for (ptrdiff_t j = 0; j < width; ++j)
+          for (ptrdiff_t i = 0; i < rows; ++i) counts[j] += b.at(first + i, strip + j) != 0.0f;
+        std::stable_sort(order, order + width,
+                         [&](ptrdiff_t x, ptrdiff_t y) { return counts[x] > counts[y]; });
+        for (ptrdiff_t p = 0; p < width; p += group_columns) {
+          ptrdiff_t columns[group_columns];
+          for (ptrdiff_t c = 0; c < group_columns; ++c) columns[c] = strip + order[p + c];
+          f(group++, first, rows, columns, counts[order[p]]);
+        }
+      }
+    }
+}
+
+inline ptrdiff_t sparse_bytes(const sparse_matrix& b) {
+  const sparse_header header(b);
+  ptrdiff_t elements = 0;
+  for_groups(b, header, [&](ptrdiff_t, ptrdiff_t, ptrdiff_t, const ptrdiff_t*, ptrdiff_t count) {
+    elements += group_columns * count;
+  });
+  return header.values + round_up(elements * 4, 64) + round_up(elements * 2, 64);
+}
+
+template <class Inputs>
+inline void pack_sparse(const sparse_matrix& b, void* packed) {
+  using factors = sparse_factors<Inputs>;
+  auto* header = new (packed) sparse_header(b);
+  auto* bytes = static_cast<std::byte*>(packed);
+  auto* starts = reinterpret_cast<std::int32_t*>(header + 1);
+  auto* places = reinterpret_cast<std::uint16_t*>(bytes + header->places);
+  auto* values = reinterpret_cast<float*>(bytes + header->values);
+  std::int32_t total = 0;
+  for_groups(b, *header,
+             [&](ptrdiff_t group, ptrdiff_t, ptrdiff_t, const ptrdiff_t* columns, ptrdiff_t count) {
+               starts[group] = total;
+               total += static_cast<std::int32_t>(group_columns * count);
+               starts[group + 1] = total;
+               for (ptrdiff_t c = 0; c < group_columns; ++c)
+                 places[group * group_columns + c] = static_cast<std::uint16_t>(columns[c]);
+             });
+  header->offsets = header->values + round_up(total * 4, 64);
+  auto* offsets = reinterpret_cast<std::uint16_t*>(bytes + header->offsets);
+  std::fill_n(values, total, 0.0f);
+  std::fill_n(offsets, total, std::uint16_t{0});
+  for_groups(b, *header,
+             [&](ptrdiff_t group, ptrdiff_t first, ptrdiff_t rows, const ptrdiff_t* columns,
+                 ptrdiff_t count) {
+               for (ptrdiff_t c = 0; c < group_columns && columns[c] < b.n; ++c) {
+                 ptrdiff_t at = starts[group] + c * count;
+                 for (ptrdiff_t i = 0; i < rows; ++i) {
+                   const ptrdiff_t row = factors::order(i, rows);
+                   const float x = b.at(first + row, columns[c]);
+                   if (x == 0.0f) continue;
+                   values[at] = factors::element(x);
+                   offsets[at++] = static_cast<std::uint16_t>(row * tile_tokens * 4);
+                 }
+               }
+             });
+}
+
+/// One block of k for a tile of Vectors * lanes tokens.
+template <class Inputs, ptrdiff_t Vectors>
+class sparse_block {
+public:
+  sparse_block(const gemm_args& args, const sparse_header& header, ptrdiff_t block,
+               const float* tile)
+      : args_(args),
+        starts_(header.starts() + block * header.groups),
+        places_(sparse_header::at<std::uint16_t>(&header, header.places) +
+                block * header.groups * group_columns),
+        values_(sparse_header::at<float>(&header, header.values)),
+        offsets_(sparse_header::at<std::uint16_t>(&header, header.offsets)),
+        tile_(tile),
+        first_(block == 0),
+        last_(block + 1 == header.blocks) {}
+
+  /// Adds the block to the sums of B's columns `from` to `to`, tile_tokens floats each.
+  void add(ptrdiff_t from, ptrdiff_t to, float* sums) const {
+    for (ptrdiff_t g = from / group_columns; g * group_columns < to; ++g) {
+      const ptrdiff_t start = starts_[g], count = (starts_[g + 1] - start) / group_columns;
+#pragma GCC unroll 4
+      for (ptrdiff_t c = 0; c < group_columns; c += at_once)
+        add_columns(places_ + g * group_columns + c, start + c * count, count, from, sums);
+    }
+  }
+
+private:
+  /// Columns whose sums are in registers: enough of them for two FMAs in each of their cycles of
+  /// latency.
+  static constexpr ptrdiff_t at_once = 2 * Vectors > tile_token_vectors ? 2 : group_columns;
+
+  HWY_INLINE void add_columns(const std::uint16_t* places, ptrdiff_t start, ptrdiff_t count,
+                              ptrdiff_t from, float* out) const {
+    const float_tag tag;
+    vector sums[at_once][Vectors];
+    float* at[at_once];
+#pragma GCC unroll 4
+    for (ptrdiff_t c = 0; c < at_once; ++c) {
+      at[c] = out + (places[c] - from) * tile_tokens;
+      const vector first = hn::Set(tag, Inputs::scaled ? 0.0f : of_column(args_.bias, places[c]));
+#pragma GCC unroll 16
+      for (ptrdiff_t v = 0; v < Vectors; ++v)
+        sums[c][v] = first_ ? first : hn::Load(tag, at[c] + v * lanes);
+    }
+    for (ptrdiff_t i = start; i < start + count; ++i)
+#pragma GCC unroll 4
+      for (ptrdiff_t c = 0; c < at_once; ++c) {
+        const vector x = hn::Set(tag, values_[i + c * count]);
+        const auto* row = sparse_header::at<float>(tile_, offsets_[i + c * count]);
+#pragma GCC unroll 16
+        for (ptrdiff_t v = 0; v < Vectors; ++v)
+          sums[c][v] = hn::MulAdd(x, hn::Load(tag, row + v * lanes), sums[c][v]);
+      }
+#pragma GCC unroll 4
+    for (ptrdiff_t c = 0; c < at_once; ++c) {
+      if (Inputs::scaled && last_) {
+        const vector scale = hn::Set(tag, of_column(args_.scale, places[c]));
+        const vector bias = hn::Set(tag, of_column(args_.bias, places[c]));
+#pragma GCC unroll 16
+        for (ptrdiff_t v = 0; v < Vectors; ++v) sums[c][v] = hn::MulAdd(sums[c][v], scale, bias);
+      }
+#pragma GCC unroll 16
+      for (ptrdiff_t v = 0; v < Vectors; ++v) hn::Store(sums[c][v], tag, at[c] + v * lanes);
+    }
+  }
+
+  /// values[column of C], 0 where there is none.
+  float of_column(const float* values, ptrdiff_t column_of_b) const {
+    const ptrdiff_t column = column_of_b - args_.column;
+    return values && column < args_.n ? values[column] : 0.0f;
+  }
+
+  const gemm_args& args_;
+  const std::int32_t* starts_;
+  const std::uint16_t* places_;
+  const float* values_;
+  const std::uint16_t* offsets_;
+  const float* tile_;
+  bool first_, last_;
+};
+
+/// Sums (columns, tile_tokens) become rows of C: residual, store, activation.
+inline void finish_sparse(const gemm_args& args, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t column,
+                          ptrdiff_t columns, const float* sums) {
+  float* const* c = args.c + row;
+  const float* const* residual = args.residual ? args.residual + row : nullptr;
+  with_activation(args.act, [&]<activation Act>() {
+    for (ptrdiff_t strip = 0; strip < columns; strip += strip_columns) {
+      const ptrdiff_t width = std::min(strip_columns, columns - strip), first = column + strip;
+      transpose_back<tile_tokens>(
+          rows, width, sums + strip * tile_tokens, residual, first, c,
+          [&](ptrdiff_t j, ptrdiff_t n) {
+            if constexpr (Act != activation::none)
+              for (ptrdiff_t i = j; i < j + n; ++i)
+                map(width, c[i] + first, c[i] + first, apply_batch<Act>);
+          });
+    }
+  });
+}
+
+/// `rows` rows of A, at most Vectors * lanes.
+template <class Inputs, ptrdiff_t Vectors>
+inline void sparse_tile(const gemm_args& args, ptrdiff_t row, ptrdiff_t rows) {
+  constexpr ptrdiff_t width = Vectors * lanes;
+  alignas(64) float tile[tile_depth * tile_tokens];
+  alignas(64) float sums[chunk_columns * tile_tokens];
+  const auto& header = *static_cast<const sparse_header*>(args.b);
+  const sparse_factors<Inputs> factors(args);
+  for (ptrdiff_t column = 0; column < args.n; column += chunk_columns) {
+    const ptrdiff_t columns = std::min(chunk_columns, args.n - column);
+    ptrdiff_t block = 0;
+    for (ptrdiff_t tap = 0; tap < args.taps; ++tap)
+      for (ptrdiff_t k0 = 0; k0 < args.k; k0 += header.depth, ++block) {
+        const ptrdiff_t depth = std::min(header.depth, args.k - k0);
+        transpose_rows<width, tile_tokens>(rows, depth, args.a + tap * args.m + row, k0, tile);
+        for (ptrdiff_t i = 0; factors.converts && i < depth; ++i)
+          for (ptrdiff_t v = 0; v < width; v += lanes) {
+            float* at = tile + i * tile_tokens + v;
+            hn::Store(factors.factor(at), float_tag(), at);
+          }
+        sparse_block<Inputs, Vectors>(args, header, block, tile)
+            .add(args.column + column, args.column + column + columns, sums);
+      }
+    finish_sparse(args, row, rows, column, columns, sums);
+  }
+}
+
+/// Calls f.template operator()<Vectors>() with `vectors` (1 to tile_token_vectors) at compile time.
+template <ptrdiff_t Vectors = tile_token_vectors, class Function>
+HWY_INLINE void with_token_vectors(ptrdiff_t vectors, Function&& f) {
+  if constexpr (Vectors > 1) {
+    if (vectors < Vectors)
+      return with_token_vectors<Vectors - 1>(vectors, static_cast<Function&&>(f));
+  }
+  f.template operator()<Vectors>();
+}
+
+/// Rows are cut into as few tiles as there can be, of nearly equal numbers of vectors.
+template <class Inputs>
+inline void sparse_gemm(const gemm_args& args) {
+  const ptrdiff_t vectors = (args.m + lanes - 1) / lanes;
+  const ptrdiff_t tiles = (vectors + tile_token_vectors - 1) / tile_token_vectors;
+  for (ptrdiff_t i = 0, done = 0; i < tiles; ++i) {
+    const ptrdiff_t end = vectors * (i + 1) / tiles, row = done * lanes;
+    with_token_vectors(end - done, [&]<ptrdiff_t Vectors>() {
+      sparse_tile<Inputs, Vectors>(args, row, std::min(Vectors * lanes, args.m - row));
+    });
+    done = end;
+  }
+}
+
+}  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE
