@@ -115,6 +115,7 @@ struct bench_options {
   bool json = false;
   padding windows = padding::exact;
   precision factors = precision::fp32;
+  sparsity zeros = sparsity::automatic;
 };
 
 /// An image of noise: no kernel's time depends on the values.
@@ -129,8 +130,9 @@ tensor<float> make_image(index_t side) {
 }
 
 int run_bench(const bench_options& options) {
-  const lite_medsam model =
-      lite_medsam::load(options.model, {.windows = options.windows, .inputs = options.factors});
+  const lite_medsam model = lite_medsam::load(
+      options.model,
+      {.windows = options.windows, .inputs = options.factors, .zeros = options.zeros});
   session s(model, {.threads = options.threads});
   const index_t side = model.config.image_size;
   const tensor<float> image = make_image(side);
@@ -207,6 +209,7 @@ command add_bench(CLI::App& app) {
   app.add_flag("--json", options->json, "print one JSON object");
   add_padding(app, options->windows);
   add_precision(app, options->factors);
+  add_sparse(app, options->zeros);
   return [options] { return run_bench(*options); };
 }
 

@@ -34,6 +34,17 @@ inline void add_precision(CLI::App& app, precision& inputs) {
       ->default_str("fp32");
 }
 
+/// Adds the option --sparse.
+inline void add_sparse(CLI::App& app, sparsity& zeros) {
+  const std::map<std::string, sparsity> names{
+      {"auto", sparsity::automatic}, {"on", sparsity::on}, {"off", sparsity::off}};
+  app.add_option("--sparse", zeros,
+                 "skip the zeros of pruned weights: auto where it is faster, on wherever there are "
+                 "any, off; the results are the same")
+      ->transform(CLI::CheckedTransformer(names).description("{auto,on,off}"))
+      ->default_str("auto");
+}
+
 /// Adds the option --padding.
 inline void add_padding(CLI::App& app, padding& windows) {
   const std::map<std::string, padding> names{

@@ -14,23 +14,51 @@ namespace {
 
 /// The layers of a model and what they are computed in.
 struct layer_list : layer_hook {
+  struct row {
+    std::string place;
+    precision inputs;
+    index_t size;
+    layer_sparsity zeros;
+  };
   void load(layer_weight& layer) override {
-    found.push_back(layer);
-    found.back().values = {};
+    found.push_back(
+        {layer_place(layer.name).text(), layer.inputs, layer.values.size(), layer_sparsity(layer)});
   }
-  std::vector<layer_weight> found;
-  index_t kept = 0;
+  std::vector<row> found;
 };
 
-void show_model(const std::string& path) {
+/// Layers that are not dense fp32, and why they are sparse or not; then the others' number.
+void show_layers(const layer_list& layers, sparsity mode) {
+  index_t plain = 0;
+  for (const auto& [place, inputs, size, zeros] : layers.found) {
+    const double percent = 100.0 * static_cast<double>(zeros.zeros) / static_cast<double>(size);
+    if (inputs == precision::fp32 && percent < 1) {
+      ++plain;
+      continue;
+    }
+    std::printf("%-13s %-28s", name_of(inputs), place.c_str());
+    if (percent >= 1) {
+      std::printf(" %5.1f %% zeros, %s: ", percent, zeros.pays(mode) ? "sparse" : "dense");
+      if (zeros.why)
+        std::printf("%s", zeros.why);
+      else
+        std::printf("sparse takes %.2f of the dense time", double{zeros.relative_time});
+    }
+    std::printf("\n");
+  }
+  std::printf("%-13s %td layers, dense\n\n", "fp32", plain);
+}
+
+void show_model(const std::string& path, sparsity mode) {
   const safetensors file(path);
   const lite_medsam_config config = lite_medsam_config::from(file);
   index_t parameters = 0;
-  for (const auto& [name, entry] : file.tensors()) parameters += entry.extents.size();
+  for (const auto& [name, entry] : file.tensors())
+    if (!name.ends_with("_mask")) parameters += entry.extents.size();
   std::printf("\nfile          %s\n", path.c_str());
   for (const auto& [key, value] : file.metadata())
     if (key != "config") std::printf("%-13s %s\n", key.c_str(), value.c_str());
-  std::printf("parameters    %.2f M in %zu tensors\n", static_cast<double>(parameters) / 1e6,
+  std::printf("parameters    %.2f M stored in %zu tensors\n", static_cast<double>(parameters) / 1e6,
               file.tensors().size());
   std::printf("input         %td x %td x %td\n", config.image_size, config.image_size,
               config.pixel_channels);
@@ -47,13 +75,8 @@ void show_model(const std::string& path) {
   }
   std::printf("\n");
   layer_list layers;
-  static_cast<void>(lite_medsam(file, {.hook = &layers}));
-  for (const layer_weight& layer : layers.found)
-    if (layer.inputs != precision::fp32)
-      std::printf("%-13s %s\n", name_of(layer.inputs), layer_place(layer.name).text().c_str());
-    else
-      ++layers.kept;
-  std::printf("%-13s %td layers\n\n", "fp32", layers.kept);
+  static_cast<void>(lite_medsam(file, {.hook = &layers, .zeros = mode}));
+  show_layers(layers, mode);
   for (const auto& [name, entry] : file.tensors())
     std::printf("%-5s %-20s %s\n", entry.dtype.c_str(), to_string(entry.extents).c_str(),
                 name.c_str());
@@ -63,13 +86,15 @@ void show_model(const std::string& path) {
 
 command add_info(CLI::App& app) {
   const auto model = std::make_shared<std::string>();
+  const auto zeros = std::make_shared<sparsity>(sparsity::automatic);
   app.add_option("-m,--model", *model, "model file");
-  return [model] {
+  add_sparse(app, *zeros);
+  return [model, zeros] {
     const kernels::table& k = kernels::active();
     std::printf("version       %s\ntarget        %s: %s\nbf16          %s\nthreads       %d\n",
                 MICROTOME_VERSION, k.name, k.description,
                 k.native_bf16 ? "dot products" : "emulated, same results", default_threads());
-    if (!model->empty()) show_model(*model);
+    if (!model->empty()) show_model(*model, *zeros);
     return 0;
   };
 }

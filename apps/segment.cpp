@@ -35,6 +35,7 @@ struct segment_options {
   int threads = 0;
   int workers = 1;
   precision factors = precision::fp32;
+  sparsity zeros = sparsity::automatic;
 };
 
 struct job {
@@ -189,7 +190,8 @@ public:
   std::size_t run() {
     std::optional<coming_case> first = take();  // read while the model is loaded
     const lite_medsam model = lite_medsam::load(
-        options_.model, {.windows = options_.windows, .inputs = options_.factors});
+        options_.model,
+        {.windows = options_.windows, .inputs = options_.factors, .zeros = options_.zeros});
     std::vector<std::jthread> others;
     for (std::size_t worker = 1; worker < workers_; ++worker)
       others.emplace_back([&, worker] { work(worker, model, take()); });
@@ -286,6 +288,7 @@ command add_segment(CLI::App& app) {
       ->check(CLI::Range(1, 256))
       ->capture_default_str();
   add_precision(app, options->factors);
+  add_sparse(app, options->zeros);
   return [options] { return run_segment(*options); };
 }
 

@@ -13,6 +13,7 @@ struct trace_options {
   std::string model, input, output, only;
   int threads = 0;
   precision factors = precision::fp32;
+  sparsity zeros = sparsity::automatic;
 };
 
 /// Collects what is at or below a module path, in PyTorch's layout.
@@ -62,7 +63,8 @@ int run_trace(const trace_options& options) {
   const io::segmentation_case input = io::read_case(options.input);
   const auto* image = std::get_if<io::image_case>(&input);
   if (!image) fail(options.input, ": is a volume; trace takes an image (H, W, 3)");
-  const lite_medsam model = lite_medsam::load(options.model, {.inputs = options.factors});
+  const lite_medsam model =
+      lite_medsam::load(options.model, {.inputs = options.factors, .zeros = options.zeros});
   session s(model, {.threads = options.threads});
   collecting_tracer trace(options.only);
   s.set_tracer(&trace);
@@ -99,6 +101,7 @@ command add_trace(CLI::App& app) {
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
   add_precision(app, options->factors);
+  add_sparse(app, options->zeros);
   return [options] { return run_trace(*options); };
 }
 

@@ -169,6 +169,9 @@ struct table {
   bool native_bf16;
   /// Columns of B that lie side by side in a packed panel.
   ptrdiff_t panel_width;
+  /// About what sparse_gemm takes of the time of gemm, where B has `stored` elements (its values
+  /// are not looked at) and rows are many.
+  float (*sparse_time)(precision, const sparse_matrix& b, ptrdiff_t stored);
   /// n_k rounded up to the vector width that attention works in.
   ptrdiff_t (*attention_columns)(ptrdiff_t n_k);
 

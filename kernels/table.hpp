@@ -33,6 +33,7 @@ inline constexpr table kernel_table{
                  kernels_of<int8_inputs, fp32_inputs>, kernels_of<int8_weight_inputs, fp32_inputs>},
     .native_bf16 = MICROTOME_HAS_BF16_DOT,
     .panel_width = panel_width,
+    .sparse_time = sparse_time,
     .attention_columns = attention_columns,
     .depthwise3x3 = depthwise3x3,
     .quantize = quantize,

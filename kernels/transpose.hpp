@@ -1,5 +1,5 @@
-/// Rows of tokens to rows of channels and back, in blocks of 4 x 4 of which a vector holds lanes / 4.
-/// Bound by the shuffles, a quarter of one per element with vectors of 8, and by stores.
+/// Rows of tokens to rows of channels and back, in blocks of 4 x 4 of which a vector holds lanes
+/// / 4. Bound by the shuffles, a quarter of one per element with vectors of 8, and by stores.
 #pragma once
 
 #include <algorithm>

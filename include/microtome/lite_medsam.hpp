@@ -18,6 +18,7 @@ struct load_options {
   /// 8 bits.
   precision inputs = precision::fp32;
   layer_hook* hook = nullptr;  ///< sees and changes every layer; not kept
+  sparsity zeros = sparsity::automatic;
 };
 
 /// LiteMedSAM (Ma et al., Segment Anything in Medical Images, 2024): an image is encoded once, then
@@ -47,15 +48,20 @@ public:
   lite_medsam(const safetensors& file, load_options options)
       : config(lite_medsam_config::from(file)),
         inputs(options.inputs),
-        image_encoder(weights(file, inputs, options.hook), config, options.windows),
-        prompts(weights(file, inputs, options.hook), config),
-        decoder(weights(file, inputs, options.hook), config) {}
+        image_encoder(weights_of(file, options), config, options.windows),
+        prompts(weights_of(file, options), config),
+        decoder(weights_of(file, options), config) {}
 
   const lite_medsam_config config;
   const precision inputs;
   const tiny_vit image_encoder;
   const prompt_encoder prompts;
   const mask_decoder decoder;
+
+private:
+  static weights weights_of(const safetensors& file, const load_options& options) {
+    return weights(file, options.inputs, options.hook, options.zeros);
+  }
 };
 
 struct session_options {

@@ -85,14 +85,20 @@ public:
   /// become.
   void write(const safetensors& file, const std::filesystem::path& path) const {
     scheme_.check_all_used();
+    // By the name under which a weight lies in the file, compressed or not.
     std::map<std::string, const layer_weight*> changed;
-    for (const layer_weight& layer : layers_) changed[layer.name + ".weight"] = &layer;
+    for (const layer_weight& layer : layers_) {
+      const std::string stored = layer.name + ".weight";
+      changed[file.compressed(stored) ? stored + "_values" : stored] = &layer;
+    }
     safetensors_writer out;
     for (const auto& [key, text] : file.metadata()) out.metadata(key, text);
     out.metadata("scheme", scheme_.text());
     out.metadata("precision", "mixed");
     for (const auto& [name, entry] : file.tensors()) {
       const auto layer = changed.find(name);
+      if (name.ends_with("_mask") && changed.contains(name.substr(0, name.size() - 4) + "values"))
+        continue;  // it goes with the values
       if (layer == changed.end())
         out.add(name, entry.dtype, entry.extents, entry.bytes);
       else
@@ -106,7 +112,7 @@ private:
     const std::string name = layer.name + ".weight";
     if (layer.quantized()) {
       std::vector<std::int8_t> whole(layer.values.begin(), layer.values.end());
-      out.add(name, "I8", layer.values.extents(), std::as_bytes(std::span(whole)));
+      out.add_weight(name, "I8", layer.values.extents(), std::as_bytes(std::span(whole)));
       out.add(name + "_scale", layer.scale);
       if (layer.inputs != precision::int8) return;
       tensor<float> scale(shape{1}), zero_point(shape{1});
@@ -117,10 +123,11 @@ private:
     } else if (layer.inputs == precision::bf16) {
       std::vector<std::uint16_t> halves;
       for (const float v : layer.values) halves.push_back(bf16_bits(v));
-      out.add(name, "BF16", layer.values.extents(), std::as_bytes(std::span(halves)));
+      out.add_weight(name, "BF16", layer.values.extents(), std::as_bytes(std::span(halves)));
     } else {
-      const auto& entry = file.tensors().find(name)->second;
-      out.add(name, entry.dtype, entry.extents, entry.bytes);
+      for (const std::string& part : {name, name + "_values", name + "_mask"})
+        if (const auto entry = file.tensors().find(part); entry != file.tensors().end())
+          out.add(part, entry->second.dtype, entry->second.extents, entry->second.bytes);
     }
   }
 

@@ -70,6 +70,19 @@ public:
   const std::map<std::string, std::string, std::less<>>& metadata() const { return metadata_; }
   bool contains(std::string_view tensor_name) const { return entries_.contains(tensor_name); }
 
+  /// Whether a weight is stored without its zeros. Instead of `<name>` there are then
+  ///
+  ///     <name>_values  (stored)           its other elements, row by row
+  ///     <name>_mask    (ceil(size / 8))   U8: bit i % 8, the lowest first, of byte i / 8 says
+  ///     whether
+  ///                                       element i is stored; bits past the end are 0
+  bool compressed(std::string_view name) const { return contains(std::string(name) + "_mask"); }
+
+  /// How a tensor's elements are stored, compressed or not. Throws `error` where it is missing.
+  const std::string& dtype(std::string_view name) const {
+    return any(compressed(name) ? std::string(name) + "_values" : std::string(name)).dtype;
+  }
+
   /// A number that tells this file's tensors from others': FNV-1a over names, shapes and bytes,
   /// eight at a time.
   std::string fingerprint() const {
@@ -91,6 +104,9 @@ public:
   /// The tensor `tensor_name` as fp32; F16 and BF16 are widened. Throws `error` where it is
   /// missing, has another shape than `expected`, another dtype, or holds a NaN or an infinity.
   tensor<float> read(std::string_view tensor_name, shape expected) const {
+    if (compressed(tensor_name))
+      return expand(tensor_name, expected,
+                    [&](const std::string& values, shape s) { return read(values, s); });
     const entry& e = find(tensor_name, expected);
     tensor<float> values(expected);
     widen(tensor_name, e, values);
@@ -103,6 +119,9 @@ public:
 
   /// The I8 tensor `tensor_name`, whole numbers from -127 to 127. Throws `error` as `read` does.
   tensor<float> read_int8(std::string_view tensor_name, shape expected) const {
+    if (compressed(tensor_name))
+      return expand(tensor_name, expected,
+                    [&](const std::string& values, shape s) { return read_int8(values, s); });
     const entry& e = find(tensor_name, expected);
     if (e.dtype != "I8")
       fail(name_, ": tensor '", tensor_name, "' has dtype ", e.dtype, ", expected I8");
@@ -122,6 +141,37 @@ public:
 
 private:
   static constexpr std::uint64_t max_header = 64 << 20;
+
+  const entry& any(std::string_view tensor_name) const {
+    const auto found = entries_.find(tensor_name);
+    if (found == entries_.end()) fail(name_, ": tensor '", tensor_name, "' is missing");
+    return found->second;
+  }
+
+  /// A compressed tensor with its zeros; read_values(name, shape) reads the others.
+  template <class Function>
+  tensor<float> expand(std::string_view tensor_name, const shape& expected,
+                       Function&& read_values) const {
+    const std::string whole(tensor_name);
+    if (contains(whole))
+      fail(name_, ": tensor '", whole, "' is there twice, as it is and compressed");
+    const entry& mask = find(whole + "_mask", {(expected.size() + 7) / 8});
+    if (mask.dtype != "U8")
+      fail(name_, ": tensor '", whole, "_mask' has dtype ", mask.dtype, ", expected U8");
+    index_t stored = 0;
+    for (const std::byte b : mask.bytes) stored += std::popcount(std::to_integer<unsigned>(b));
+    const tensor<float> values = read_values(whole + "_values", {stored});
+    tensor<float> out(expected);
+    index_t next = 0;
+    for (index_t i = 0; i < out.size(); ++i) {
+      const auto byte = std::to_integer<unsigned>(mask.bytes[static_cast<std::size_t>(i / 8)]);
+      if (byte >> (i % 8) & 1) out[i] = values[next++];
+    }
+    if (next != stored)
+      fail(name_, ": tensor '", whole, "_mask' has bits past the ", out.size(), " elements of '",
+           whole, "'");
+    return out;
+  }
 
   const entry& find(std::string_view tensor_name, const shape& expected) const {
     const auto found = entries_.find(tensor_name);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <filesystem>
@@ -34,6 +35,24 @@ public:
   void add(const std::string& name, const tensor<float>& values) {
     add(name, "F32", values.extents(),
         std::as_bytes(std::span(values.data(), static_cast<std::size_t>(values.size()))));
+  }
+
+  /// A weight, compressed (see safetensors::compressed) where that makes it smaller.
+  void add_weight(const std::string& name, const std::string& dtype, const shape& extents,
+                  std::span<const std::byte> bytes) {
+    const auto size = static_cast<std::size_t>(extents.size());
+    const std::size_t width = size ? bytes.size() / size : 1;
+    std::vector<std::byte> mask((size + 7) / 8), values;
+    for (std::size_t i = 0; i < size; ++i) {
+      const auto element = bytes.subspan(i * width, width);
+      if (std::all_of(element.begin(), element.end(), [](std::byte b) { return b == std::byte{}; }))
+        continue;
+      mask[i / 8] |= std::byte{1} << (i % 8);
+      values.insert(values.end(), element.begin(), element.end());
+    }
+    if (values.size() + mask.size() >= bytes.size()) return add(name, dtype, extents, bytes);
+    add(name + "_values", dtype, {static_cast<index_t>(values.size() / width)}, values);
+    add(name + "_mask", "U8", {static_cast<index_t>(mask.size())}, mask);
   }
 
   /// Throws `error` as io::replace_file does.

@@ -143,8 +143,7 @@ private:
   head_projections(index_t heads, index_t k, index_t n, const float* weight, index_t head_stride,
                    index_t row_stride, index_t column_stride) {
     for (index_t head = 0; head < heads; ++head)
-      weights_.emplace_back(precision::fp32, k, n, weight + head * head_stride, row_stride,
-                            column_stride);
+      weights_.emplace_back(k, n, weight + head * head_stride, row_stride, column_stride);
   }
 
   std::vector<packed_weight> weights_;

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include <kernels/table.hpp>
 #include <microtome/safetensors.hpp>
@@ -10,6 +12,13 @@ namespace microtome {
 
 using kernels::precision;
 using kernels::quantization;
+
+/// Which layers multiply without the zeros of their weights.
+enum class sparsity {
+  automatic,  ///< those that are faster so, by kernels::table::sparse_time
+  on,         ///< all that have zeros
+  off
+};
 
 /// Sees what a layer multiplies, to learn its range. From several threads at once.
 class input_observer {
@@ -28,6 +37,7 @@ struct layer_weight {
   bool folded = false;     ///< multiplied into others at load: may be stored in 8 bits, no more
   quantization input{};    ///< for int8
   bool simulated = false;  ///< int8 in floating point, with the same results: see simulated_weight
+  bool sparse = false;     ///< multiplied without its zeros, with the same results
   input_observer* observer = nullptr;
 
   index_t out() const { return values.extent(out_axis); }
@@ -48,6 +58,46 @@ struct layer_weight {
   }
 };
 
+/// How many of a layer's weights are zeros, and what it would take to skip them.
+struct layer_sparsity {
+  index_t zeros = 0;
+  float relative_time = 0;    ///< about, of the time that the dense product takes
+  const char* why = nullptr;  ///< where it cannot be: why
+  explicit layer_sparsity(const layer_weight& layer) {
+    const tensor<float>& w = layer.values;
+    zeros = std::count(w.begin(), w.end(), 0.0f);
+    if (w.extents().rank() == 4 && w.extent(1) == 1) {
+      why = "one input channel";
+      return;
+    }
+    const index_t in = w.extent(1 - layer.out_axis), taps = w.size() / (in * layer.out());
+    const kernels::sparse_matrix shape{taps, in, layer.out(), nullptr, 0, 0};
+    relative_time = kernels::active().sparse_time(layer.inputs, shape, w.size() - zeros);
+    if (layer.folded || layer.simulated) why = "never multiplied as it is";
+    if (layer.inputs == precision::bf16 && in % 2 != 0 && taps > 1) why = "pairs across taps";
+    if (layer.inputs == precision::int8 && !sums_fit(layer)) why = "sums beyond 2^24";
+    if (layer.out() > max_columns) why = "too many columns";
+  }
+
+  bool pays(sparsity mode) const {
+    if (why || zeros == 0 || mode == sparsity::off) return false;
+    return mode == sparsity::on || relative_time < least_gain;
+  }
+
+private:
+  /// What sparse_time is off by, at most, in most cases.
+  static constexpr float least_gain = 0.9f;
+  static constexpr index_t max_columns = 32768;  // sparse kernels count them in 16 bits
+
+  static bool sums_fit(const layer_weight& layer) {
+    std::vector<float> sums(static_cast<std::size_t>(layer.out()));
+    for (index_t i = 0; i < layer.values.size(); ++i)
+      sums[static_cast<std::size_t>(layer.channel(i))] += std::abs(layer.values[i]);
+    return *std::max_element(sums.begin(), sums.end()) <=
+           static_cast<float>(kernels::max_sparse_column_sum);
+  }
+};
+
 /// Changes layers as a model is loaded.
 class layer_hook {
 public:
@@ -58,17 +108,18 @@ public:
 
 /// Where layers read their weights. A layer `<name>` is in 8 bits where `<name>.weight` is I8; then
 /// there is `<name>.weight_scale` (out) and, if its input is quantised too, `<name>.input_scale`
-/// and `<name>.input_zero_point` (1).
+/// and `<name>.input_zero_point` (1). Any `<name>.weight` may be compressed: see safetensors.
 class weights {
 public:
   /// Of an input: scales and their inverses are far from where fp32 ends.
   static constexpr float least_scale = 1e-20f;
 
-  weights(const safetensors& file, precision inputs = precision::fp32, layer_hook* hook = nullptr)
-      : file_(&file), inputs_(inputs), hook_(hook) {}
+  weights(const safetensors& file, precision inputs = precision::fp32, layer_hook* hook = nullptr,
+          sparsity zeros = sparsity::automatic)
+      : file_(&file), inputs_(inputs), hook_(hook), zeros_(zeros) {}
 
   /// The same weights for layers that stay in fp32.
-  weights kept() const { return weights(*file_); }
+  weights kept() const { return weights(*file_, precision::fp32, nullptr, zeros_); }
 
   /// A tensor that no product takes, in fp32. See safetensors::read.
   tensor<float> read(const std::string& name, shape expected) const {
@@ -102,11 +153,11 @@ private:
     } else {
       layer.values = file_->read(stored, expected);
       // In a file with a scheme, bf16 is what the layer is computed in, too.
-      if (file_->metadata().contains("scheme") &&
-          file_->tensors().find(stored)->second.dtype == "BF16")
+      if (file_->metadata().contains("scheme") && file_->dtype(stored) == "BF16")
         layer.inputs = precision::bf16;
     }
     if (hook_) hook_->load(layer);
+    layer.sparse = layer_sparsity(layer).pays(zeros_);
     return layer;
   }
 
@@ -125,6 +176,7 @@ private:
   const safetensors* file_;
   precision inputs_;
   layer_hook* hook_;
+  sparsity zeros_;
 };
 
 }  // namespace microtome

@@ -83,6 +83,48 @@ TEST_CASE("wrong names, shapes, dtypes and values name file and tensor") {
   CHECK(mentions(read_error("d", {2, 3}), {"m.safetensors", "'d'", "I32", "F32"}));
 }
 
+TEST_CASE("compressed weights are expanded, and what does not fit is refused") {
+  // Elements 1, 2 and 9 of ten.
+  const auto file_with = [](std::vector<std::uint8_t> mask, index_t stored,
+                            const char* dtype = "U8") {
+    file_builder builder;
+    tensor<float> values(shape{stored});
+    for (index_t i = 0; i < stored; ++i) values[i] = static_cast<float>(i + 1);
+    builder.add("w_values", values);
+    const std::size_t begin = builder.data.size();
+    for (const std::uint8_t b : mask) builder.data.push_back(std::byte{b});
+    builder.header["w_mask"] = {
+        {"dtype", dtype}, {"shape", {mask.size()}}, {"data_offsets", {begin, builder.data.size()}}};
+    return builder;
+  };
+  const auto bytes = file_with({0b110, 0b10}, 3).bytes();
+  const safetensors sound(bytes, "m.safetensors");
+  CHECK(sound.compressed("w"));
+  CHECK(sound.dtype("w") == "F32");
+  const tensor<float> w = sound.read("w", {2, 5});
+  const std::vector<float> expected{0, 1, 2, 0, 0, 0, 0, 0, 0, 3};
+  CHECK(std::equal(w.begin(), w.end(), expected.begin(), expected.end()));
+
+  const auto error_with = [](const file_builder& builder) {
+    const auto broken = builder.bytes();
+    return error_of([&] {
+      const safetensors file(broken, "m.safetensors");
+      static_cast<void>(file.read("w", {2, 5}));
+    });
+  };
+  CHECK(mentions(error_with(file_with({0b110, 0b10}, 4)), {"'w_values'", "(4)", "expected (3)"}));
+  CHECK(mentions(error_with(file_with({0b111, 0b11}, 3)), {"'w_values'", "(3)", "expected (5)"}));
+  CHECK(mentions(error_with(file_with({0b110, 0b100}, 3)), {"'w_mask'", "past the 10 elements"}));
+  CHECK(mentions(error_with(file_with({0b110}, 2)), {"'w_mask'", "(1)", "expected (2)"}));
+  CHECK(mentions(error_with(file_with({0b110, 0b10}, 3, "I8")), {"'w_mask'", "I8", "U8"}));
+  file_builder twice = file_with({0b110, 0b10}, 3);
+  twice.add("w", random_tensor({2, 5}, 1));
+  CHECK(mentions(error_with(twice), {"'w'", "twice"}));
+  file_builder lost = file_with({0b110, 0b10}, 3);
+  lost.header.erase("w_values");
+  CHECK(mentions(error_with(lost), {"'w_values'", "missing"}));
+}
+
 TEST_CASE("a file cut off anywhere is refused") {
   const auto whole = two_tensors().bytes();
   for (std::size_t size = 0; size < whole.size(); ++size) {

@@ -1,7 +1,9 @@
 /// Reading of golden answers, for the tests of the model.
 #pragma once
 
+#include <filesystem>
 #include <map>
+#include <random>
 #include <string>
 
 #include <microtome/io/npz.hpp>
@@ -49,5 +51,49 @@ inline label_map read_labels(const io::npz_reader& file, const std::string& name
   std::copy(array.bytes.begin(), array.bytes.end(), labels.begin());
   return labels;
 }
+
+/// The model of 115 000 weights.
+inline const std::filesystem::path& tiny_path() {
+  static const std::filesystem::path path = data_file("tiny.safetensors");
+  return path;
+}
+
+/// What a model says of the golden image and three boxes.
+struct answer {
+  tensor<float> embedding, masks;
+
+  bool operator==(const answer& other) const {
+    return std::equal(embedding.begin(), embedding.end(), other.embedding.begin()) &&
+           std::equal(masks.begin(), masks.end(), other.masks.begin());
+  }
+};
+
+inline tensor<float> copy_of(view<const float> values) {
+  tensor<float> copy(values.extents());
+  std::copy(values.begin(), values.end(), copy.begin());
+  return copy;
+}
+
+inline tensor<float> golden_image() {
+  const io::npz_reader golden(data_file("tiny_golden.npz"));
+  return channels_last(read_floats(golden, "image"));
+}
+
+inline answer answer_of(const lite_medsam& model, int threads = 2) {
+  session s(model, {.threads = threads});
+  s.encode(golden_image());
+  const box boxes[] = {{3, 4, 40, 30}, {10, 12, 50, 51}, {20, 2, 33, 18}};
+  return {copy_of(s.embedding()), copy_of(s.decode(boxes).low_res_masks)};
+}
+
+/// A path for a file, which is gone afterwards.
+struct temporary_file {
+  std::filesystem::path path = std::filesystem::temp_directory_path() /
+                               ("microtome_test_" + std::to_string(std::random_device()()));
+  ~temporary_file() {
+    std::error_code ignored;
+    std::filesystem::remove(path, ignored);
+  }
+};
 
 }  // namespace microtome::tests

@@ -8,41 +8,9 @@ namespace microtome::tests {
 
 namespace {
 
-const std::filesystem::path& model_path() {
-  static const std::filesystem::path path = data_file("tiny.safetensors");
-  return path;
-}
-
-struct answer {
-  tensor<float> embedding, masks;
-
-  bool operator==(const answer& other) const {
-    return std::equal(embedding.begin(), embedding.end(), other.embedding.begin()) &&
-           std::equal(masks.begin(), masks.end(), other.masks.begin());
-  }
-};
-
-tensor<float> copy_of(view<const float> values) {
-  tensor<float> copy(values.extents());
-  std::copy(values.begin(), values.end(), copy.begin());
-  return copy;
-}
-
-tensor<float> golden_image() {
-  const io::npz_reader golden(data_file("tiny_golden.npz"));
-  return channels_last(read_floats(golden, "image"));
-}
-
-answer run(const lite_medsam& model, int threads = 2) {
-  session s(model, {.threads = threads});
-  s.encode(golden_image());
-  const box boxes[] = {{3, 4, 40, 30}, {10, 12, 50, 51}, {20, 2, 33, 18}};
-  return {copy_of(s.embedding()), copy_of(s.decode(boxes).low_res_masks)};
-}
-
 /// What is seen of the golden image, twice as bright in the second case.
 activation_ranges calibrate(observer_kind kind, int threads = 2) {
-  const safetensors file(model_path());
+  const safetensors file(tiny_path());
   calibrator watching;
   const lite_medsam model(file, {.hook = &watching});
   session s(model, {.threads = threads});
@@ -64,22 +32,12 @@ activation_ranges calibrate(observer_kind kind, int threads = 2) {
 
 lite_medsam quantized(const std::string& rules, const activation_ranges& ranges,
                       const std::filesystem::path& written = {}) {
-  const safetensors file(model_path());
+  const safetensors file(tiny_path());
   model_quantizer hook{scheme(rules), &ranges};
   lite_medsam model(file, {.hook = &hook});
   if (!written.empty()) hook.write(file, written);
   return model;
 }
-
-/// A path for a file, which is gone afterwards.
-struct temporary_file {
-  std::filesystem::path path = std::filesystem::temp_directory_path() /
-                               ("microtome_test_" + std::to_string(std::random_device()()));
-  ~temporary_file() {
-    std::error_code ignored;
-    std::filesystem::remove(path, ignored);
-  }
-};
 
 std::uint64_t hash_of(view<const float> values) {
   std::uint64_t hash = 0xcbf29ce484222325;
@@ -96,20 +54,20 @@ TEST_CASE("a quantised file gives what quantising at load gives, and what its si
         "full, 1:*:*=bf16, *:*:mlp.fc1|conv3=fp32, !1|2:*:*proj|conv1=int8-weights"}) {
     CAPTURE(rules);
     const temporary_file written;
-    const answer direct = run(quantized(rules, ranges, written.path));
-    CHECK(run(lite_medsam::load(written.path)) == direct);
-    CHECK(run(lite_medsam::load(written.path), 1) == direct);
-    CHECK(run(lite_medsam::load(written.path), 3) == direct);
+    const answer direct = answer_of(quantized(rules, ranges, written.path));
+    CHECK(answer_of(lite_medsam::load(written.path)) == direct);
+    CHECK(answer_of(lite_medsam::load(written.path), 1) == direct);
+    CHECK(answer_of(lite_medsam::load(written.path), 3) == direct);
     int8_simulation simulated;
-    CHECK(run(lite_medsam::load(written.path, {.hook = &simulated})) == direct);
+    CHECK(answer_of(lite_medsam::load(written.path, {.hook = &simulated})) == direct);
   }
 }
 
 TEST_CASE("8 bits stay near fp32, and are not fp32") {
-  const answer exact = run(lite_medsam::load(model_path()));
+  const answer exact = answer_of(lite_medsam::load(tiny_path()));
   const activation_ranges ranges = calibrate(observer_kind::mse);
   const auto error = [&](const char* rules) {
-    return max_error(run(quantized(rules, ranges)).embedding, exact.embedding) /
+    return max_error(answer_of(quantized(rules, ranges)).embedding, exact.embedding) /
            deviation(exact.embedding);
   };
   const double full = error("full"), weights_only = error("weights-only");
@@ -125,7 +83,7 @@ TEST_CASE("int8 gives the same bits on every target with fused multiply-adds") {
     MESSAGE("skipped: " << kernels::active().name << " has no fused multiply-add");
     return;
   }
-  const answer found = run(quantized("full", calibrate(observer_kind::min_max)));
+  const answer found = answer_of(quantized("full", calibrate(observer_kind::min_max)));
   CHECK(hash_of(found.embedding) == 9914923979386566908u);
   CHECK(hash_of(found.masks) == 10730705645284326908u);
 }
@@ -249,7 +207,7 @@ TEST_CASE("layers that no case reached keep their products in fp32") {
   activation_ranges ranges = calibrate(observer_kind::min_max);
   const std::string name = "image_encoder.neck.0";
   REQUIRE(ranges.layers.erase(name) == 1);
-  const safetensors file(model_path());
+  const safetensors file(tiny_path());
   model_quantizer hook{scheme("full"), &ranges};
   static_cast<void>(lite_medsam(file, {.hook = &hook}));
   int found = 0;
@@ -269,7 +227,7 @@ TEST_CASE("quantising what is quantised, and int8 without ranges, are refused") 
   model_quantizer hook{scheme("full"), &ranges};
   CHECK(mentions(error_of([&] { static_cast<void>(lite_medsam(again, {.hook = &hook})); }),
                  {"8 bits already"}));
-  const safetensors file(model_path());
+  const safetensors file(tiny_path());
   model_quantizer blind{scheme("full"), nullptr};
   CHECK(mentions(error_of([&] { static_cast<void>(lite_medsam(file, {.hook = &blind})); }),
                  {"needs ranges"}));

@@ -19,7 +19,7 @@ inline packed_weight pack_taps(const layer_weight& layer) {
     for (index_t i = 0; i < in; ++i)
       for (index_t tap = 0; tap < taps; ++tap)
         taps_first[(tap * in + i) * out + o] = weight[(o * in + i) * taps + tap];
-  return packed_weight(layer, taps * in, out, taps_first.data(), out, 1);
+  return packed_weight(layer, taps, in, out, taps_first.data(), out, 1);
 }
 
 }  // namespace detail
@@ -128,7 +128,7 @@ public:
           for (index_t o = 0; o < out; ++o)
             pair[i * 2 * out + dx * out + o] = layer.values[((i * out + o) * 2 + dy) * 2 + dx];
       weight_[static_cast<std::size_t>(dy)] =
-          packed_weight(layer, in, 2 * out, pair.data(), 2 * out, 1);
+          packed_weight(layer, 1, in, 2 * out, pair.data(), 2 * out, 1);
     }
     for (index_t o = 0; o < out; ++o) bias_[o] = bias_[out + o] = bias[o];
   }

@@ -85,21 +85,32 @@ private:
 class packed_weight {
 public:
   packed_weight() = default;
-  /// Packs B (k, n), element (i, j) at b[i * row_stride + j * column_stride].
-  packed_weight(precision inputs, index_t k, index_t n, const float* b, index_t row_stride,
-                index_t column_stride)
-      : inputs_(inputs), depth_(k), width_(n), packed_(shape{matrix().packed_bytes(k, n)}) {
-    if (k > kernels::max_gemm_depth)
-      fail("a layer of ", k, " inputs, at most ", kernels::max_gemm_depth, " are possible");
+  /// Packs B (k, n), element (i, j) at b[i * row_stride + j * column_stride], in fp32.
+  packed_weight(index_t k, index_t n, const float* b, index_t row_stride, index_t column_stride)
+      : depth_(k), width_(n), packed_(shape{matrix().packed_bytes(k, n)}) {
     matrix().pack_b(k, n, b, row_stride, column_stride, packed_.data());
   }
-  /// The same of the values of a layer, rearranged: column j belongs to output channel j mod out.
-  packed_weight(const layer_weight& layer, index_t k, index_t n, const float* b, index_t row_stride,
-                index_t column_stride)
-      : packed_weight(layer.inputs, k, n, b, row_stride, column_stride) {
-    observer_ = layer.observer;
+  /// Packs the values of a layer, rearranged to B (taps * k, n), element (i, j) at b[i * row_stride
+  /// + j * column_stride]; column j belongs to output channel j mod out.
+  packed_weight(const layer_weight& layer, index_t taps, index_t k, index_t n, const float* b,
+                index_t row_stride, index_t column_stride)
+      : inputs_(layer.inputs),
+        depth_(taps * k),
+        width_(n),
+        sparse_(layer.sparse),
+        observer_(layer.observer) {
+    if (depth_ > kernels::max_gemm_depth)
+      fail(layer.name, ": a layer of ", depth_, " inputs, at most ", kernels::max_gemm_depth,
+           " are possible");
+    const kernels::sparse_matrix pruned{taps, k, n, b, row_stride, column_stride};
+    packed_ = tensor<std::byte>(
+        shape{sparse_ ? matrix().sparse_bytes(pruned) : matrix().packed_bytes(depth_, n)});
+    if (sparse_)
+      matrix().pack_sparse(pruned, packed_.data());
+    else
+      matrix().pack_b(depth_, n, b, row_stride, column_stride, packed_.data());
     if (layer.simulated && inputs_ == precision::int8)
-      simulation_ = simulated_weight(k, n, b, row_stride, column_stride);
+      simulation_ = simulated_weight(depth_, n, b, row_stride, column_stride);
     if (!layer.quantized()) return;
     input_ = layer.input;
     scale_ = tensor<float>(shape{n});
@@ -113,14 +124,21 @@ public:
   index_t depth() const { return depth_; }  ///< k, over all taps
   index_t width() const { return width_; }  ///< n
 
-  /// Serial: kernels::gemm with args.b the columns from `column` on, which must be a multiple of
-  /// the kernels' panel width.
+  /// Serial: kernels::gemm with args.b the columns from `column` on, which must be a multiple
+  /// of 64.
   void multiply(kernels::gemm_args args, index_t column = 0) const {
-    args.b = packed_.data() + matrix().packed_bytes(depth_, column);
     if (!scale_.empty()) args.scale = scale_.data() + column;
     args.input = input_;
     if (observer_ && column == 0) observer_->see(args.m * args.taps, args.k, args.a);
-    simulation_.empty() ? matrix().gemm(args) : simulation_.multiply(args, column);
+    if (!simulation_.empty()) return simulation_.multiply(args, column);
+    if (sparse_) {
+      args.b = packed_.data();
+      args.column = column;
+      matrix().sparse_gemm(args);
+    } else {
+      args.b = packed_.data() + matrix().packed_bytes(depth_, column);
+      matrix().gemm(args);
+    }
   }
 
 private:
@@ -129,6 +147,7 @@ private:
   precision inputs_ = precision::fp32;
   index_t depth_ = 0;
   index_t width_ = 0;
+  bool sparse_ = false;
   tensor<std::byte> packed_;
   tensor<float> scale_;  // (n), for int8: see kernels::gemm_args
   quantization input_{};
@@ -174,9 +193,8 @@ public:
                   activation act = activation::none, const float* residual = nullptr) const {
     const index_t n = x.extent(0);
     // Few tokens (those of a prompt) are shared out by columns, many by rows.
-    const index_t panel = kernels::active().panel_width;
     const index_t blocks = block_count(n);
-    const index_t slice = blocks >= 2 * ws.threads() ? out() : std::max<index_t>(panel, 64);
+    const index_t slice = blocks >= 2 * ws.threads() ? out() : 64;
     const index_t slices = (out() + slice - 1) / slice;
     ws.parallel(blocks * slices, [&](index_t task, scratch) {
       const index_t row = task / slices * token_block;
@@ -203,7 +221,7 @@ private:
     const index_t out = weight_shape[0];
     const index_t in = weight_shape[1];
     const layer_weight weight = file.layer(name, weight_shape);
-    weight_ = packed_weight(weight, in, out, weight.values.data(), 1, in);
+    weight_ = packed_weight(weight, 1, in, out, weight.values.data(), 1, in);
     if (with_bias) bias_ = file.read(name + ".bias", {out});
   }
 
