@@ -14,6 +14,13 @@ DECODER_HEADS = 8
 DIMS_WITHOUT_STRIDE = (320, 448, 576)
 # Kept in some checkpoints and needed by nobody: counters, and indices that follow from the window.
 IGNORED = re.compile(r"(\.num_batches_tracked|\.attention_bias_idxs)$")
+_EMBEDDING = re.compile(r"(_embed|_embeddings\.\d+|_token|_tokens)$")
+
+
+def is_layer(name, ndim):
+    """Whether NAME, with a weight of so many dimensions, is a convolution or linear: not a norm, and
+    not an embedding."""
+    return ndim >= 2 and not _EMBEDDING.search(name)
 
 
 def _depth(names, prefix):

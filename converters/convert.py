@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Converts a LiteMedSAM checkpoint (.pth) into a model file for microtome (.safetensors).
 
+It prunes weights where asked to (see pruning.py), also those of a model file that it wrote before.
+
 A checkpoint that was trained with quantisation in the loop, as a Brevitas state dict or a quantised ONNX
 graph, keeps its 8-bit weights and its scales: see brevitas_state.py and onnx_file.py.
 
@@ -17,9 +19,11 @@ import brevitas_state
 import checkpoint
 import model_file
 import onnx_file
+import pruning
 import quantized
 
 BATCH_NORM_EPSILON = 1e-5
+IMAGE_SIZE = 256
 
 
 def batch_norm_scale(tensors, norm):
@@ -73,7 +77,7 @@ def fold_into_layer(layer, tensors):
     return layer.folded(batch_norm_scale(tensors, norm))
 
 
-def convert(state, config=None, image_size=256, layers=()):
+def convert(state, config=None, image_size=IMAGE_SIZE, layers=()):
     """Turns a state dict {name: array} into the tensors and the configuration of a model file. The
     configuration is read off the shapes unless it is given. `layers` are those in 8 bits; the state dict
     has their weights in floats, too."""
@@ -120,13 +124,13 @@ def complete(found, layers, base, image_size):
 def read(path, base, image_size, choices):
     """The state dict in a file, and its layers in 8 bits."""
     if not path.lower().endswith(".onnx"):
-        return brevitas_state.read(checkpoint.load(path), choices)
+        return brevitas_state.read(pruning.joined(checkpoint.load(path)), choices)
     found, layers = onnx_file.read(path)
     rest = {}
     if base:
         try:
-            rest = checkpoint.load(base)
-        except (checkpoint.CheckpointError, OSError) as error:
+            rest = pruning.joined(checkpoint.load(base))
+        except (checkpoint.CheckpointError, architecture.ArchitectureError, OSError) as error:
             raise checkpoint.CheckpointError(f"{base}: {error}") from None
     state = complete(found, layers, rest, image_size)
     if base:
@@ -135,13 +139,103 @@ def read(path, base, image_size, choices):
     return state, layers
 
 
+def read_model_file(path):
+    """The tensors in a model file whose layers are in floating point, its configuration, and how it was
+    pruned."""
+    tensors, config, metadata = model_file.read(path)
+    if "scheme" in metadata or any(v.dtype == np.int8 for v in tensors.values()):
+        raise architecture.ArchitectureError(
+            "a model file with layers in 8 bits stays as it is: convert the fp32 or fp16 file that it is made of"
+        )
+    return tensors, config, metadata.get("pruning")
+
+
+def run(options):
+    """Reads, prunes, converts, writes; returns what was written, in words."""
+    quantisation = brevitas_state.Choices(options.scaling, options.weight_scales, tuple(options.unsigned))
+    choices = pruning.Choices(
+        options.prune, options.prune_2_4, options.prune_layerwise, tuple(options.prune_keep)
+    )
+    config = pruned = None
+    if is_model_file(options.checkpoint):
+        state, config, pruned = read_model_file(options.checkpoint)
+        layers = []
+    else:
+        state, layers = read(options.checkpoint, options.base, options.image_size, quantisation)
+    state, layers, changed = pruning.prune(state, layers, choices)
+    if changed:
+        pruned = choices.text()
+    elif pruning.sparsity(state) >= pruning.LEAST_FOUND:
+        pruned = pruned or pruning.FOUND
+    tensors, config = convert(state, config, options.image_size, layers)
+    if options.storage == "fp16":
+        tensors = halve(tensors)
+    model_file.write(options.output, tensors, config, quantized.scheme(layers), pruned)
+    parameters = sum(v.size for v in tensors.values())
+    words = f"{len(tensors)} tensors, {parameters / 1e6:.2f} M parameters, {options.storage}"
+    if layers:
+        words += f", {len(layers)} layers in 8 bits"
+    if pruned:
+        words += f", {100 * pruning.sparsity(tensors):.1f} % of the layers' weights are zero ({pruned})"
+    return words
+
+
+def is_model_file(path):
+    return path.lower().endswith(".safetensors")
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def add_pruning(parser):
+    group = parser.add_argument_group(
+        "pruning", "Weights of convolutions and linear layers that become zero, before BatchNorm is folded."
+    )
+    group.add_argument(
+        "--prune", metavar="AMOUNT", type=fraction,
+        help="this fraction of all weights, the smallest, such as 0.2",
+    )
+    group.add_argument(
+        "--prune-layerwise", action="store_true", help="with --prune: the same fraction in each layer by itself",
+    )
+    group.add_argument(
+        "--prune-2-4", action="store_true",
+        help="all but the two largest of every four weights in a row along the inputs; depthwise convolutions "
+        "and the embedding of pixels, whose inputs are fewer than four, stay as they are",
+    )
+    group.add_argument(
+        "--prune-keep", metavar="PATTERN", action="append", default=[],
+        help="layers that stay as they are, such as 'mask_decoder.*' or '*.qkv'; may be repeated",
+    )
+
+
+def check_options(parser, options):
+    if options.base and not options.checkpoint.lower().endswith(".onnx"):
+        parser.error("--base is for .onnx files")
+    if is_model_file(options.checkpoint) and options.image_size:
+        parser.error("--image-size is for checkpoints: a model file has its own")
+    if options.prune is not None and options.prune_2_4:
+        parser.error("--prune and --prune-2-4 exclude each other")
+    if options.prune_layerwise and options.prune is None:
+        parser.error("--prune-layerwise needs --prune")
+    if options.prune_keep and options.prune is None and not options.prune_2_4:
+        parser.error("--prune-keep needs --prune or --prune-2-4")
+    options.image_size = options.image_size or IMAGE_SIZE
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help=".pth file, as torch.save writes it, or quantised .onnx file")
-    parser.add_argument("-o", "--output", required=True, help=".safetensors file to write")
     parser.add_argument(
-        "--image-size", type=int, default=256, help="side of the model's input (%(default)s)"
+        "checkpoint",
+        help=".pth file, as torch.save writes it, quantised .onnx file, or .safetensors model file with fp32 or "
+        "fp16 weights",
     )
+    parser.add_argument("-o", "--output", required=True, help=".safetensors file to write")
+    parser.add_argument("--image-size", type=int, help=f"side of the model's input ({IMAGE_SIZE})")
     parser.add_argument(
         "--storage", choices=("fp32", "fp16"), default="fp32",
         help="fp16: half the file; weights are widened when it is loaded (%(default)s)",
@@ -150,6 +244,7 @@ def main(arguments=None):
         "--base", metavar="CHECKPOINT",
         help="for .onnx: the .pth file that has the tensors which the graph does not name",
     )
+    add_pruning(parser)
     brevitas = parser.add_argument_group("what the state dict of a Brevitas model does not say")
     brevitas.add_argument(
         "--unsigned", metavar="PATTERN", action="append", default=[],
@@ -164,23 +259,15 @@ def main(arguments=None):
         help="how scales are kept (%(default)s)",
     )
     options = parser.parse_args(arguments)
-    if options.base and not options.checkpoint.lower().endswith(".onnx"):
-        parser.error("--base is for .onnx files")
-    choices = brevitas_state.Choices(options.scaling, options.weight_scales, tuple(options.unsigned))
+    check_options(parser, options)
     try:
-        state, layers = read(options.checkpoint, options.base, options.image_size, choices)
-        tensors, config = convert(state, image_size=options.image_size, layers=layers)
-        if options.storage == "fp16":
-            tensors = halve(tensors)
-        model_file.write(options.output, tensors, config, quantized.scheme(layers))
-    except (checkpoint.CheckpointError, architecture.ArchitectureError, OSError) as error:
+        written = run(options)
+    except (
+        checkpoint.CheckpointError, architecture.ArchitectureError, model_file.ModelFileError, OSError
+    ) as error:
         print(f"convert.py: {options.checkpoint}: {error}", file=sys.stderr)
         return 1
-    parameters = sum(v.size for v in tensors.values())
-    print(
-        f"{options.output}: {len(tensors)} tensors, {parameters / 1e6:.2f} M parameters, {options.storage}"
-        + (f", {len(layers)} layers in 8 bits" if layers else "")
-    )
+    print(f"{options.output}: {written}")
     return 0
 
 

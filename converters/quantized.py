@@ -11,12 +11,11 @@ import re
 
 import numpy as np
 
-from architecture import ArchitectureError
+from architecture import ArchitectureError, is_layer
 
 # Of scales and their inverses, as the runtime takes them: far from where fp32 ends.
 LEAST_SCALE = 1e-20
 _TRANSPOSED = re.compile(r"mask_decoder\.output_upscaling\.[03]")
-_EMBEDDING = re.compile(r"(_embed|_embeddings\.\d+|_token|_tokens)$")
 
 
 def out_axis(name):
@@ -63,7 +62,7 @@ class Layer:
 
     def check(self):
         name = self.name
-        if self.whole.ndim < 2 or _EMBEDDING.search(name):
+        if not is_layer(name, self.whole.ndim):
             raise ArchitectureError(f"{name}.weight is quantised, but {name} is no convolution and not linear")
         check_scale(self.scale, f"{name}.weight_scale")
         out = self.whole.shape[out_axis(name)]

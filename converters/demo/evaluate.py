@@ -93,11 +93,9 @@ def compare_with_pytorch(checkpoint, cases, segs):
     sys.path[:0] = [str(HERE.parent), str(HERE.parent / "reference")]
     import torch
 
-    import lite_medsam
-    import seeded_weights
+    import load_weights
 
-    model = lite_medsam.LiteMedSAM(seeded_weights.LITE_MEDSAM).eval()
-    model.load_state_dict(torch.load(checkpoint, map_location="cpu"))
+    model = load_weights.load(checkpoint).eval()
     found = []
     for path in sorted(cases.glob("*.npz"))[::5]:
         case = np.load(path)
@@ -124,7 +122,7 @@ def main():
     parser.add_argument("--program", default=str(HERE.parents[1] / "build/release/microtome"))
     parser.add_argument("--count", type=int, default=200, help="held-out scenes (%(default)s)")
     parser.add_argument("--labels", help=".npz file with gts (D, H, W) and spacing to paint over")
-    parser.add_argument("--checkpoint", help=".pth file that the model was converted from")
+    parser.add_argument("--checkpoint", help=".pth file that the model was converted from, or the model file")
     options = parser.parse_args()
     out = options.output
 

@@ -9,6 +9,7 @@ mean, which is what is exported), the optimizer, the time spent and the curves.
     python3 train.py -o demo.pth --minutes 30                                               # a GPU
     python3 train.py -o demo.pth --minutes 600 --batch 3 --sides 112:0.4,168:0.3,256:0.3    # a CPU
     python3 train.py -o demo.pth --export lite_medsam_demo.pth         # the original's key naming
+    python3 train.py -o tuned.pth --finetune pruned.safetensors --hold-zeros --rate 1e-4    # see below
 
 Training from nothing on few images needs two helps. The cross attentions begin aligned with the
 position encoding (`align_positions`), so that a box's corner attends to its place in the image from
@@ -16,6 +17,9 @@ the first step; and the decoder first practises on embeddings made from the labe
 (`ideal_embedding`): without an encoder a step costs little, and afterwards the encoder's gradients mean
 something. Meanwhile dense losses (`DenseHeads`) draw the encoder towards such embeddings. On a CPU most of the steps are on small images, parts of scenes: what a box asks for is learned there
 as well, at a fraction of the cost. Sides of 112, 168 and 224 fill windows of 7 and 14 exactly.
+
+Fine-tuning needs none of these helps. It begins with the weights of a checkpoint or a model file, keeps
+its BatchNorms as they are and learns masks alone.
 """
 
 import argparse
@@ -36,7 +40,8 @@ import torch.nn.functional as F
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "reference")]
 
-import lite_medsam  # noqa: E402
+import held_zeros  # noqa: E402
+import load_weights  # noqa: E402
 import muon  # noqa: E402
 import scenes  # noqa: E402
 import seeded_weights  # noqa: E402
@@ -197,7 +202,7 @@ def step_loss(model, dense, batch, with_points, autocast):
     prompts = boxes.shape[1]
     with autocast:
         embedding = model.image_encoder(image)
-        dense_loss = dense(embedding, labels)
+        dense_loss = dense(embedding, labels) if dense else torch.zeros((), device=image.device)
         embedding = embedding.repeat_interleave(prompts, 0)
         if with_points:
             labels = torch.tensor([1, 0], device=image.device).expand(len(image) * prompts, 2)
@@ -218,43 +223,62 @@ class Training:
 
     def __init__(self, options, device):
         torch.manual_seed(options.seed)
-        config = dict(seeded_weights.LITE_MEDSAM)
-        self.config = config
-        self.model = lite_medsam.LiteMedSAM(config)
-        self.dense = DenseHeads(config["embed_dim"]).to(device)
-        self.seconds, self.step, self.images, self.curve = 0.0, 0, 0, []
         self.device = device
         self.path = pathlib.Path(options.output)
         saved = torch.load(self.path, map_location="cpu") if self.path.exists() else None
+        self.config, start = self.beginning(saved, options.finetune)
+        self.tunes = saved["dense"] is None if saved else bool(options.finetune)
+        if options.finetune and not self.tunes:
+            sys.exit(f"train.py: {self.path} is no fine-tuning: say another --output")
+        self.model = load_weights.build(self.config, start or ())
+        self.dense = None if self.tunes else DenseHeads(self.config["embed_dim"]).to(device)
+        self.seconds, self.step, self.images, self.curve = 0.0, 0, 0, []
         with torch.no_grad():
             positions = self.model.prompt_encoder.pe_layer
             align_positions(self.model.mask_decoder.transformer, positions.positional_encoding_gaussian_matrix)
+        if start:
+            self.model.load_state_dict(start, strict=False)  # BatchNorm's counters may be missing
         if saved:
-            self.model.load_state_dict(saved["model"])
-            self.dense.load_state_dict(saved["dense"])
-            self.mean = saved["mean"]
             self.seconds, self.step = saved["seconds"], saved["step"]
             self.images, self.curve = saved["images"], saved["curve"]
-        else:
-            self.mean = copy.deepcopy(self.model.state_dict())
+        if saved and self.dense:
+            self.dense.load_state_dict(saved["dense"])
+        self.mean = saved["mean"] if saved else copy.deepcopy(self.model.state_dict())
         self.model.to(device)
         self.mean = {k: v.to(device) for k, v in self.mean.items()}
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2 and min(p.flatten(1).shape) >= 16]
-        taken = {id(p) for p in matrices}
-        rest = [p for p in (*self.model.parameters(), *self.dense.parameters()) if id(p) not in taken]
-        self.optimizers = [
-            muon.Muon(matrices, lr=options.rate, weight_decay=0.02),
-            torch.optim.AdamW(rest, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
+        self.holds = saved.get("holds", False) if saved else options.hold_zeros
+        self.held = held_zeros.HeldZeros(self.model) if self.holds else None
+        self.optimizers = self.make_optimizers(options.rate)
         if saved:
             for optimizer, state in zip(self.optimizers, saved["optimizers"]):
                 optimizer.load_state_dict(state)
+
+    @staticmethod
+    def beginning(saved, given):
+        """The configuration and the state dict to begin with: what was saved, else what is given to be
+        fine-tuned, else None."""
+        if saved:
+            return saved.get("config", seeded_weights.LITE_MEDSAM), saved["model"]
+        if given:
+            return load_weights.read(given)
+        return dict(seeded_weights.LITE_MEDSAM), None
+
+    def make_optimizers(self, rate):
+        parameters = [*self.model.parameters(), *(self.dense.parameters() if self.dense else ())]
+        own = self.model.parameters()
+        matrices = [p for p in own if p.ndim >= 2 and min(p.flatten(1).shape) >= 16]
+        taken = {id(p) for p in matrices}
+        rest = [p for p in parameters if id(p) not in taken]
+        return [
+            muon.Muon(matrices, lr=rate, weight_decay=0.02),
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
 
     def at_size(self, side):
         """The same parameters in a model for images of another side: only positions depend on it."""
         if side == self.config["image_size"]:
             return self.model
-        other = lite_medsam.LiteMedSAM({**self.config, "image_size": side}).to(self.device)
+        other = load_weights.build({**self.config, "image_size": side}, self.mean).to(self.device)
         own = dict(self.model.named_modules())
         for name, module in other.named_modules():
             module._parameters.update(own[name]._parameters)
@@ -264,7 +288,8 @@ class Training:
     def save(self):
         """All or nothing."""
         state = {
-            "model": self.model.state_dict(), "dense": self.dense.state_dict(), "mean": self.mean,
+            "config": self.config, "model": self.model.state_dict(), "mean": self.mean,
+            "dense": self.dense.state_dict() if self.dense else None, "holds": self.holds,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "seconds": self.seconds, "step": self.step, "images": self.images, "curve": self.curve,
         }
@@ -277,11 +302,15 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
+        if self.held:
+            self.held.clear_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, factor in zip(self.optimizers, (MUON_FACTOR, 1.0)):
             for group in optimizer.param_groups:
                 group["lr"] = factor * rate
             optimizer.step()
+        if self.held:
+            self.held.clear_weights()
 
     @torch.no_grad()
     def average(self):
@@ -363,13 +392,15 @@ def train(training, options, device):
         else contextlib.nullcontext()
     )
     saved, recent = time.monotonic(), []
-    practice(training, options, PRACTICE_SHARE * total, stopped)
+    practice_share = 0.0 if training.tunes else PRACTICE_SHARE
+    if practice_share:
+        practice(training, options, practice_share * total, stopped)
     sizes = [OneSize(training, options, side, share) for side, share in options.sides]
     while training.seconds < total and not stopped:
-        since_practice = max(0.0, training.seconds / total - PRACTICE_SHARE) / (1 - PRACTICE_SHARE)
+        since_practice = max(0.0, training.seconds / total - practice_share) / (1 - practice_share)
         size = min(sizes, key=lambda s: s.seconds / s.share)  # the one most behind its share
         model = size.model.train()
-        if since_practice > FROZEN_STATISTICS or size.images < 3:
+        if training.tunes or since_practice > FROZEN_STATISTICS or size.images < 3:
             for module in model.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.eval()
@@ -412,8 +443,14 @@ def main():
     parser.add_argument("--report", type=int, default=50, help="steps between lines (%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="bf16 on the CPU, where it has it")
+    parser.add_argument("--finetune", metavar="FILE",
+                        help="begin with these weights, of a checkpoint (.pth) or model file (.safetensors)")
+    parser.add_argument("--hold-zeros", action="store_true",
+                        help="with --finetune: weights that are zero in FILE stay zero")
     parser.add_argument("--export", help="write the state dict of the running mean here, and stop")
     options = parser.parse_args()
+    if options.hold_zeros and not options.finetune:
+        parser.error("--hold-zeros needs --finetune")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training = Training(options, device)
     if options.export:

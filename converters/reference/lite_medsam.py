@@ -23,6 +23,12 @@ class Conv2dBN(nn.Module):
     def forward(self, x):
         return self.bn(self.c(x))
 
+    def fold(self):
+        """Gives the convolution a bias in place of the BatchNorm, as in model files. Values are not kept."""
+        c = self.c
+        self.c = nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, groups=c.groups)
+        self.bn = nn.Identity()
+
 
 class PatchEmbed(nn.Module):
     """Two 1x1 convolutions: LiteMedSAM embeds single pixels."""

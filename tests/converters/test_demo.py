@@ -160,7 +160,7 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path):
 
 
 def test_smaller_images_train_the_same_parameters(tmp_path):
-    options = argparse.Namespace(seed=1, output=tmp_path / "none.pth", rate=1e-3)
+    options = argparse.Namespace(seed=1, output=tmp_path / "none.pth", rate=1e-3, finetune=None, hold_zeros=False)
     training = train.Training(options, torch.device("cpu"))
     small = training.at_size(32)
     assert [p.data_ptr() for p in small.parameters()] == [p.data_ptr() for p in training.model.parameters()]

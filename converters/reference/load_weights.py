@@ -1,0 +1,42 @@
+"""The PyTorch reference with the weights of a checkpoint or of a model file, whose BatchNorms are folded."""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import architecture  # noqa: E402
+import checkpoint  # noqa: E402
+import convert  # noqa: E402
+import lite_medsam  # noqa: E402
+import pruning  # noqa: E402
+
+
+def build(config, names):
+    """A LiteMedSAM for a state dict with these names: where a convolution has a bias, the BatchNorm is gone."""
+    model = lite_medsam.LiteMedSAM(config)
+    for name in architecture.folded_convolutions(names):
+        model.get_submodule(name).fold()
+    return model
+
+
+def read(path):
+    """The configuration and the state dict in a checkpoint (.pth), pruned or not, or in a model file
+    (.safetensors) in floating point."""
+    if convert.is_model_file(str(path)):
+        state, config, _ = convert.read_model_file(path)
+    else:
+        state = pruning.joined(checkpoint.load(path))
+        state = {n: v for n, v in state.items() if not architecture.IGNORED.search(n)}
+        config = architecture.infer_config({n: v.shape for n, v in state.items()})
+    architecture.check({n: v.shape for n, v in state.items()}, config)
+    return config, {n: torch.from_numpy(v.astype(np.float32)) for n, v in state.items()}
+
+
+def load(path):
+    config, state = read(path)
+    model = build(config, state)
+    model.load_state_dict(state, strict=False)  # only BatchNorm's counters are missing
+    return model
