@@ -7,15 +7,17 @@
 ///
 /// Loop order, from the outside: tiles of rows, chunks of columns (their sums stay in L2), blocks
 /// of k (the tile), groups of columns, elements. An element costs one broadcast, one offset and
-/// vectors_at_once FMAs, each with a load: bound by the FMA units where there are two loads to two
-/// FMAs, beside what it takes to transpose A and C (kernels of 4 x 4) and to keep the sums of a
+/// tile_token_vectors FMAs, each with a load: bound by the FMA units where there are two loads to
+/// two FMAs, beside what it takes to transpose A and C (kernels of 4 x 4) and to keep the sums of a
 /// block.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <new>
+#include <utility>
 
+#include "bf16.hpp"
 #include "contract.hpp"
 #include "elementwise.hpp"
 #include "int8.hpp"
@@ -23,10 +25,10 @@
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
-/// Rows of A side by side in a tile. Two columns' sums over them
-/// are 12 vectors, or 24 of four floats.
-inline constexpr ptrdiff_t tile_tokens = std::max<ptrdiff_t>(6 * lanes, 48);
-inline constexpr ptrdiff_t tile_token_vectors = tile_tokens / lanes;
+/// Rows of A side by side in a tile, in vectors. Two columns' sums over them take 12 registers, or
+/// 24 where vectors are of four floats and registers are 32.
+inline constexpr ptrdiff_t tile_token_vectors = lanes == 4 && tile_rows > 6 ? 12 : 6;
+inline constexpr ptrdiff_t tile_tokens = tile_token_vectors * lanes;
 /// Rows of a tile: it takes 24 of 32 KiB of L1, and offsets in it fit 16 bits.
 inline constexpr ptrdiff_t tile_depth = 24 * 1024 / 4 / tile_tokens;
 /// Columns whose sums take at most 128 KiB.
@@ -133,8 +135,9 @@ inline void for_groups(const sparse_matrix& b, const sparse_header& h, Function&
         for (ptrdiff_t j = 0; j < strip_columns; ++j) order[j] = j;
         for (ptrdiff_t j = 0; j < width; ++j)
           for (ptrdiff_t i = 0; i < rows; ++i) counts[j] += b.at(first + i, strip + j) != 0.0f;
-        std::stable_sort(order, order + width,
-                         [&](ptrdiff_t x, ptrdiff_t y) { return counts[x] > counts[y]; });
+        for (ptrdiff_t p = 1; p < width; ++p)  // by insertion
+          for (ptrdiff_t q = p; q > 0 && counts[order[q - 1]] < counts[order[q]]; --q)
+            std::swap(order[q - 1], order[q]);
         for (ptrdiff_t p = 0; p < width; p += group_columns) {
           ptrdiff_t columns[group_columns];
           for (ptrdiff_t c = 0; c < group_columns; ++c) columns[c] = strip + order[p + c];
@@ -241,7 +244,7 @@ private:
         const auto* row = sparse_header::at<float>(tile_, offsets_[i + c * count]);
 #pragma GCC unroll 16
         for (ptrdiff_t v = 0; v < Vectors; ++v)
-          sums[c][v] = hn::MulAdd(x, hn::Load(tag, row + v * lanes), sums[c][v]);
+          sums[c][v] = mul_add(x, hn::Load(tag, row + v * lanes), sums[c][v]);
       }
 #pragma GCC unroll 4
     for (ptrdiff_t c = 0; c < at_once; ++c) {
@@ -249,7 +252,7 @@ private:
         const vector scale = hn::Set(tag, of_column(args_.scale, places[c]));
         const vector bias = hn::Set(tag, of_column(args_.bias, places[c]));
 #pragma GCC unroll 16
-        for (ptrdiff_t v = 0; v < Vectors; ++v) sums[c][v] = hn::MulAdd(sums[c][v], scale, bias);
+        for (ptrdiff_t v = 0; v < Vectors; ++v) sums[c][v] = mul_add(sums[c][v], scale, bias);
       }
 #pragma GCC unroll 16
       for (ptrdiff_t v = 0; v < Vectors; ++v) hn::Store(sums[c][v], tag, at[c] + v * lanes);
@@ -352,7 +355,8 @@ inline float sparse_time(precision factors, const sparse_matrix& b, ptrdiff_t st
   const sparse_header header(b);
   const bool converts = factors == precision::bf16 || factors == precision::int8;
   const float edge = converts ? 7.0f : 4.0f;
-  const float dense = factors == precision::bf16   ? (MICROTOME_HAS_BF16_DOT ? 0.55f : 1.38f)
+  const float dense = factors == precision::bf16
+                          ? (target::bf16 == bf16_dot::vdpbf16ps ? 0.55f : 1.38f)
                       : factors == precision::int8 ? (int8_inputs::step == 4   ? 0.3f
                                                       : int8_inputs::step == 2 ? 0.68f
                                                                                : 1.1f)

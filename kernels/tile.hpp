@@ -56,7 +56,7 @@ public:
       const vector addend = hn::Load(tag, bias + v * lanes);
 #pragma GCC unroll 16
       for (ptrdiff_t r = 0; r < Rows; ++r)
-        out.sums_[r][v] = hn::MulAdd(as_floats(sums_[r][v]), factor, addend);
+        out.sums_[r][v] = mul_add(as_floats(sums_[r][v]), factor, addend);
     }
     return out;
   }

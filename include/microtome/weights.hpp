@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include <kernels/table.hpp>
+#include <kernels/active.hpp>
 #include <microtome/safetensors.hpp>
 
 namespace microtome {

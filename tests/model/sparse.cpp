@@ -1,5 +1,5 @@
-// The tiny model with pruned weights: with and without their zeros, in every precision, compressed in
-// a file or not.
+// The tiny model with pruned weights: with and without their zeros, in every precision, compressed
+// in a file or not.
 #include <microtome/quantize.hpp>
 #include <microtome/safetensors_writer.hpp>
 
@@ -119,7 +119,8 @@ TEST_CASE("a layer is sparse where that is faster, and says why not") {
   layer_weight layer;
   layer.values = random_tensor({160, 640}, 1);
   const auto prune = [&](index_t of_ten) {
-    for (index_t i = 0; i < layer.values.size(); ++i) layer.values[i] = i * 7 % 10 < of_ten ? 0.0f : 1.0f;
+    for (index_t i = 0; i < layer.values.size(); ++i)
+      layer.values[i] = i * 7 % 10 < of_ten ? 0.0f : 1.0f;
     return layer_sparsity(layer);
   };
   CHECK_FALSE(prune(0).pays(sparsity::on));
