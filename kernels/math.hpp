@@ -41,7 +41,7 @@ inline batch gelu_batch(batch x) {
   q = fused(q, t, batch(0.0381067108f));
   q = fused(q, t, batch(0.29420128f));
   q = fused(q, t, batch(1.0f));
-  return fused(x, c * p / q, x * batch(0.5f));
+  return fused(x, quotient(c * p, q), x * batch(0.5f));
 }
 
 inline batch relu_batch(batch x) {
@@ -49,7 +49,7 @@ inline batch relu_batch(batch x) {
 }
 
 inline batch sigmoid_batch(batch x) {
-  return batch(1.0f) / (batch(1.0f) + exp_batch(-x));
+  return quotient(batch(1.0f), batch(1.0f) + exp_batch(-x));
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

@@ -63,6 +63,16 @@ HWY_INLINE batch fused(batch a, batch b, batch c) {
 #endif
 }
 
+/// a / b, rounded once. (xsimd 8's own division is two steps of Newton's on Arm.)
+HWY_INLINE batch quotient(batch a, batch b) {
+#if HWY_TARGET == HWY_SCALAR
+  return a / b;
+#else
+  using vector = hn::Vec<float_tag>;
+  return batch(hn::Div(vector{a.data}, vector{b.data}).raw);
+#endif
+}
+
 /// The GEMM micro-kernel holds a tile of tile_rows x (tile_vectors * lanes) sums in registers,
 /// beside tile_vectors of B and one broadcast of A: 6 * 2 + 3 = 15 of 16 registers, or 14 * 2 + 3 =
 /// 31 of 32.

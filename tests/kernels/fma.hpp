@@ -1,6 +1,8 @@
 /// Whether results are to be equal to the bit.
 #pragma once
 
+#include <bit>
+#include <cstdint>
 #include <string>
 
 #include <kernels/table.hpp>
@@ -13,6 +15,13 @@ namespace microtome::tests {
 inline bool has_fma() {
   const std::string name = kernels::active().name;
   return name != "sse4" && name != "ssse3" && name != "portable";
+}
+
+/// FNV-1a over the bits of floats.
+inline std::uint64_t hash_of(view<const float> values) {
+  std::uint64_t hash = 0xcbf29ce484222325;
+  for (const float v : values) hash = (hash ^ std::bit_cast<std::uint32_t>(v)) * 0x100000001b3;
+  return hash;
 }
 
 }  // namespace microtome::tests

@@ -81,12 +81,6 @@ struct temporary_file {
   }
 };
 
-std::uint64_t hash_of(view<const float> values) {
-  std::uint64_t hash = 0xcbf29ce484222325;
-  for (const float v : values) hash = (hash ^ std::bit_cast<std::uint32_t>(v)) * 0x100000001b3;
-  return hash;
-}
-
 }  // namespace
 
 TEST_CASE("a quantised file gives what quantising at load gives, and what its simulation gives") {
