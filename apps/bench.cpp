@@ -7,7 +7,7 @@
 
 #include <sys/resource.h>
 
-#include <kernels/table.hpp>
+#include <kernels/active.hpp>
 #include <microtome/macs.hpp>
 #include <microtome/microtome.hpp>
 

@@ -2,7 +2,7 @@
 #include <string>
 #include <vector>
 
-#include <kernels/table.hpp>
+#include <kernels/active.hpp>
 #include <microtome/macs.hpp>
 #include <microtome/microtome.hpp>
 
@@ -59,16 +59,27 @@ void show_model(const std::string& path) {
                 name.c_str());
 }
 
+void show_targets() {
+  const kernels::table& k = kernels::active();
+  std::printf("target        %s: %s\n", k.name, k.description);
+  for (const kernels::compiled_target& t : kernels::compiled_targets()) {
+    const char* state = t.kernels == &k ? "chosen" : "supported";
+    std::printf("  %-18s  %s%s\n", t.kernels->name, t.missing.empty() ? state : "this CPU lacks ",
+                t.missing.c_str());
+  }
+  std::printf("CPU           %s\n", kernels::cpu_features().c_str());
+  std::printf("bf16          %s\n", k.native_bf16 ? "dot products" : "emulated, same results");
+}
+
 }  // namespace
 
 command add_info(CLI::App& app) {
   const auto model = std::make_shared<std::string>();
   app.add_option("-m,--model", *model, "model file");
   return [model] {
-    const kernels::table& k = kernels::active();
-    std::printf("version       %s\ntarget        %s: %s\nbf16          %s\nthreads       %d\n",
-                MICROTOME_VERSION, k.name, k.description,
-                k.native_bf16 ? "dot products" : "emulated, same results", default_threads());
+    std::printf("version       %s\n", MICROTOME_VERSION);
+    show_targets();
+    std::printf("threads       %d\n", default_threads());
     if (!model->empty()) show_model(*model);
     return 0;
   };

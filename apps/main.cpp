@@ -2,6 +2,8 @@
 #include <utility>
 #include <vector>
 
+#include <kernels/active.hpp>
+
 #include "commands.hpp"
 
 int main(int argc, char** argv) {
@@ -27,6 +29,8 @@ int main(int argc, char** argv) {
 
   try {
     app.parse(argc, argv);
+    if (const std::string complaint = microtome::kernels::target_complaint(); !complaint.empty())
+      throw usage_error(complaint);
     for (const auto& [parser, run] : commands)
       if (parser->parsed()) return run();
   } catch (const CLI::ParseError& e) {

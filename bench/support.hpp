@@ -11,7 +11,7 @@
 
 #include <benchmark/benchmark.h>
 
-#include <kernels/table.hpp>
+#include <kernels/active.hpp>
 #include <microtome/tensor.hpp>
 
 namespace microtome::bench {

@@ -94,7 +94,7 @@ HWY_INLINE softmax_result softmax_scores(const attention_args& args, ptrdiff_t c
       const batch s =
           fused(batch::load_aligned(scores + j), scale, batch::load_unaligned(bias + j));
       s.store_aligned(scores + j);
-      best = xsimd::max(best, s);
+      best = max(best, s);
     }
   } else {
     for (ptrdiff_t j = args.n_k; j < columns; ++j)
@@ -102,7 +102,7 @@ HWY_INLINE softmax_result softmax_scores(const attention_args& args, ptrdiff_t c
     for (ptrdiff_t j = 0; j < columns; j += batch_lanes) {
       const batch s = batch::load_aligned(scores + j) * scale;
       s.store_aligned(scores + j);
-      best = xsimd::max(best, s);
+      best = max(best, s);
     }
   }
   // exp_batch makes 1e-38 of -infinity, which no sum and no value notices.

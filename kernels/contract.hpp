@@ -137,6 +137,11 @@ struct matrix_kernels {
 struct table {
   const char* name;
   const char* description;
+  /// What the CPU has to have: see any_target in target.hpp.
+  const char* needs;
+  /// Whether products and sums that the contract calls fma() are rounded once. Where not, results
+  /// differ in their last bits from other targets'.
+  bool fused;
 
   /// By precision. Those of int8 do attention in fp32.
   matrix_kernels matrices[4];

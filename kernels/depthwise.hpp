@@ -22,8 +22,7 @@ HWY_INLINE hn::Vec<Tag> first_sum(const depthwise_args& args, Tag tag, ptrdiff_t
 template <class Tag>
 HWY_INLINE void store_sum(const depthwise_args& args, Tag tag, ptrdiff_t c, hn::Vec<Tag> sum,
                           float* out) {
-  if (args.scale)
-    sum = hn::MulAdd(sum, hn::LoadU(tag, args.scale + c), hn::LoadU(tag, args.bias + c));
+  if (args.scale) sum = mul_add(sum, hn::LoadU(tag, args.scale + c), hn::LoadU(tag, args.bias + c));
   hn::StoreU(sum, tag, out);
 }
 
@@ -48,7 +47,7 @@ HWY_INLINE void depthwise_inside(const depthwise_args& args, Tag tag, ptrdiff_t 
       const vec weight = hn::LoadU(tag, w + j * args.channels);
 #pragma GCC unroll 8
       for (ptrdiff_t p = 0; p < Pixels; ++p)
-        sums[p] = hn::MulAdd(column[p * Stride + j], weight, sums[p]);
+        sums[p] = mul_add(column[p * Stride + j], weight, sums[p]);
     }
   }
 #pragma GCC unroll 8
@@ -65,8 +64,8 @@ inline void depthwise_border(const depthwise_args& args, Tag tag, ptrdiff_t x, p
     for (ptrdiff_t j = 0; j < 3; ++j) {
       const ptrdiff_t column = x * args.stride + args.first + j - 1;
       if (column < 0 || column >= args.n_in) continue;
-      sum = hn::MulAdd(hn::LoadU(tag, args.rows[i] + column * args.channels + c),
-                       hn::LoadU(tag, args.weights + (i * 3 + j) * args.channels + c), sum);
+      sum = mul_add(hn::LoadU(tag, args.rows[i] + column * args.channels + c),
+                    hn::LoadU(tag, args.weights + (i * 3 + j) * args.channels + c), sum);
     }
   }
   store_sum(args, tag, c, sum, args.out + x * args.channels + c);

@@ -11,8 +11,8 @@ namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 /// exp(x) = 2^n exp(r) with n = round(x / log 2) and |r| <= log(2) / 2; log(2) is split in two so
 /// that x - n log 2 is exact to the last bit (Cody and Waite, 1980).
 inline batch exp_batch(batch x) {
-  x = xsimd::min(xsimd::max(x, batch(-87.3f)), batch(88.0f));
-  const batch n = xsimd::nearbyint(x * batch(1.44269504f));
+  x = min(max(x, batch(-87.3f)), batch(88.0f));
+  const batch n = nearbyint(x * batch(1.44269504f));
   batch r = fused(n, batch(-0.693359375f), x);
   r = fused(n, batch(2.12194440e-4f), r);
   batch p(0.00138146132f);
@@ -21,14 +21,14 @@ inline batch exp_batch(batch x) {
   p = fused(p, r, batch(0.166665207f));
   p = fused(p, r, batch(0.499999935f));
   p = fused(p * r, r, r) + batch(1.0f);
-  return xsimd::ldexp(p, xsimd::to_int(n));
+  return ldexp(p, to_int(n));
 }
 
 /// The exact GELU of Hendrycks and Gimpel (2016): x Phi(x), with Phi(x) - 1/2 as an odd rational
 /// function of degree 9 over 10 up to |x| = 5.2, where Phi is 1e-7 from 0 or 1, and constant
 /// beyond. Error <= 3e-7 max(1, |x|).
 inline batch gelu_batch(batch x) {
-  const batch c = xsimd::min(xsimd::max(x, batch(-5.2f)), batch(5.2f));
+  const batch c = min(max(x, batch(-5.2f)), batch(5.2f));
   const batch t = c * c;
   batch p(6.11374579e-06f);
   p = fused(p, t, batch(0.000329196452f));
@@ -45,7 +45,7 @@ inline batch gelu_batch(batch x) {
 }
 
 inline batch relu_batch(batch x) {
-  return xsimd::max(x, batch(0.0f));
+  return max(x, batch(0.0f));
 }
 
 inline batch sigmoid_batch(batch x) {

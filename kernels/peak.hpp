@@ -16,7 +16,7 @@ inline double fma_peak(ptrdiff_t iterations) {
   const auto addend = hn::Set(tag, 1e-3f);
   for (ptrdiff_t n = 0; n < iterations; ++n)
 #pragma GCC unroll 32
-    for (ptrdiff_t i = 0; i < chains; ++i) sums[i] = hn::MulAdd(sums[i], factor, addend);
+    for (ptrdiff_t i = 0; i < chains; ++i) sums[i] = mul_add(sums[i], factor, addend);
   float sink[lanes] = {};
   for (ptrdiff_t i = 0; i < chains; ++i)
     hn::StoreU(hn::Add(sums[i], hn::LoadU(tag, sink)), tag, sink);

@@ -23,11 +23,13 @@ inline constexpr matrix_kernels kernels_of{.packed_bytes = packed_bytes<Inputs>,
                                            .attention = attention<Attention>};
 
 inline constexpr table kernel_table{
-    .name = MICROTOME_TARGET_NAME,
-    .description = MICROTOME_TARGET_DESCRIPTION,
+    .name = target::name,
+    .description = target::description,
+    .needs = target::needs,
+    .fused = target::fused,
     .matrices = {kernels_of<fp32_inputs>, kernels_of<bf16_inputs>,
                  kernels_of<int8_inputs, fp32_inputs>, kernels_of<int8_weight_inputs, fp32_inputs>},
-    .native_bf16 = MICROTOME_HAS_BF16_DOT,
+    .native_bf16 = target::bf16 != bf16_dot::none,
     .panel_width = panel_width,
     .attention_columns = attention_columns,
     .depthwise3x3 = depthwise3x3,
@@ -44,10 +46,5 @@ inline constexpr table kernel_table{
 };
 
 }  // namespace MICROTOME_TARGET_NAMESPACE
-
-/// The kernels that the runtime calls. Header-only, they are those of the compiler's own flags.
-inline const table& active() {
-  return MICROTOME_TARGET_NAMESPACE::kernel_table;
-}
 
 }  // namespace microtome::kernels

@@ -54,7 +54,7 @@ public:
       const vector addend = hn::Load(tag, bias + v * lanes);
 #pragma GCC unroll 16
       for (ptrdiff_t r = 0; r < Rows; ++r)
-        out.sums_[r][v] = hn::MulAdd(hn::ConvertTo(tag, sums_[r][v]), factor, addend);
+        out.sums_[r][v] = mul_add(hn::ConvertTo(tag, sums_[r][v]), factor, addend);
     }
     return out;
   }

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <string>
 
-#include <kernels/table.hpp>
+#include <kernels/active.hpp>
 #include <microtome/safetensors.hpp>
 
 namespace microtome {

@@ -1,5 +1,5 @@
+#include <kernels/active.hpp>
 #include <kernels/reference.hpp>
-#include <kernels/table.hpp>
 
 #include "../support.hpp"
 

@@ -1,7 +1,7 @@
 #include <limits>
 
+#include <kernels/active.hpp>
 #include <kernels/reference.hpp>
-#include <kernels/table.hpp>
 
 #include "fma.hpp"
 

@@ -94,6 +94,7 @@ TEST_CASE("a quantised file gives what quantising at load gives, and what its si
     CHECK(run(lite_medsam::load(written.path)) == direct);
     CHECK(run(lite_medsam::load(written.path), 1) == direct);
     CHECK(run(lite_medsam::load(written.path), 3) == direct);
+    if (!has_fma()) continue;  // the simulation rounds once
     int8_simulation simulated;
     CHECK(run(lite_medsam::load(written.path, {.hook = &simulated})) == direct);
   }
@@ -116,7 +117,7 @@ TEST_CASE("8 bits stay near fp32, and are not fp32") {
 
 TEST_CASE("int8 gives the same bits on every target with fused multiply-adds") {
   if (!has_fma()) {
-    MESSAGE("skipped: " << kernels::active().name << " has no fused multiply-add");
+    MESSAGE("skipped: " << std::string(kernels::active().name) << " has no fused multiply-add");
     return;
   }
   const answer found = run(quantized("full", calibrate(observer_kind::min_max)));
