@@ -4,15 +4,15 @@
 #include <map>
 #include <string>
 
-#include <microtome/io/npz.hpp>
 #include <microtome/microtome.hpp>
 
+#include "../arrays.hpp"
 #include "../support.hpp"
 
 namespace microtome::tests {
 
 /// A float array of a .npz file.
-inline tensor<float> read_floats(const io::npz_reader& file, const std::string& name) {
+inline tensor<float> read_floats(const array_file& file, const std::string& name) {
   io::npy_array array = file.read(name);
   REQUIRE(array.header.dtype == "<f4");
   tensor<float> values(array.header.extents);
@@ -42,7 +42,7 @@ public:
 };
 
 /// An (H, W) array of labels of any 8-bit or 16-bit dtype.
-inline label_map read_labels(const io::npz_reader& file, const std::string& name) {
+inline label_map read_labels(const array_file& file, const std::string& name) {
   const io::npy_array array = file.read(name);
   REQUIRE(array.header.dtype == "|u1");
   label_map labels(array.header.extents);

@@ -29,7 +29,7 @@ tensor<float> copy_of(view<const float> values) {
 }
 
 tensor<float> golden_image() {
-  const io::npz_reader golden(data_file("tiny_golden.npz"));
+  const array_file golden(data_file("tiny_golden.npz"));
   return channels_last(read_floats(golden, "image"));
 }
 
