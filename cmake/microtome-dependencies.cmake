@@ -21,6 +21,12 @@ if(NOT TARGET microtome::headers)
 endif()
 
 if(MICROTOME_OPENMP)
+  # Apple's clang has no OpenMP library of its own; Homebrew's libomp lies outside the default paths.
+  foreach(folder /opt/homebrew/opt/libomp /usr/local/opt/libomp)
+    if(APPLE AND NOT OpenMP_ROOT AND EXISTS ${folder})
+      set(OpenMP_ROOT ${folder})
+    endif()
+  endforeach()
   include(CMakeFindDependencyMacro)
   find_dependency(OpenMP COMPONENTS CXX)
 endif()
