@@ -1,11 +1,14 @@
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <string>
 #include <vector>
 
+#if __has_include(<sys/resource.h>)
 #include <sys/resource.h>
+#endif
 
 #include <kernels/active.hpp>
 #include <microtome/macs.hpp>
@@ -91,18 +94,23 @@ double measure_peak(int threads) {
   return best;
 }
 
-/// Largest resident memory of this process so far.
+/// Largest resident memory of this process so far; not a number where the system does not tell.
 double peak_rss_mb() {
   // Linux counts a process's parent at the fork into ru_maxrss, but not into VmHWM.
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);)
     if (line.starts_with("VmHWM:")) return std::stod(line.substr(6)) * 1024 / 1e6;
+#if __has_include(<sys/resource.h>)
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
 #ifdef __APPLE__
-  return static_cast<double>(usage.ru_maxrss) / 1e6;
+  constexpr double unit = 1;
 #else
-  return static_cast<double>(usage.ru_maxrss) * 1024 / 1e6;
+  constexpr double unit = 1024;
+#endif
+  return static_cast<double>(usage.ru_maxrss) * unit / 1e6;
+#else
+  return std::nan("");
 #endif
 }
 

@@ -3,11 +3,24 @@
 #include <algorithm>
 #include <cstdio>
 
+#if __has_include(<unistd.h>)
 #include <unistd.h>
+#else
+#include <io.h>
+#endif
 
 namespace microtome::app {
 
 namespace {
+
+/// Whether somebody reads along.
+bool is_terminal(std::FILE* stream) {
+#if __has_include(<unistd.h>)
+  return isatty(fileno(stream)) != 0;
+#else
+  return _isatty(_fileno(stream)) != 0;
+#endif
+}
 
 std::string clock_text(double seconds) {
   const auto whole = static_cast<long>(seconds + 0.5);
@@ -25,7 +38,7 @@ progress::progress(std::size_t cases, std::size_t workers)
     : cases_(cases),
       active_(workers),
       start_(std::chrono::steady_clock::now()),
-      terminal_(isatty(STDERR_FILENO) != 0) {
+      terminal_(is_terminal(stderr)) {
   const std::lock_guard lock(mutex_);
   draw();
 }

@@ -8,7 +8,6 @@
 #include <optional>
 #include <set>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include <microtome/io/case.hpp>
@@ -192,11 +191,12 @@ public:
     const lite_medsam model = lite_medsam::load(
         options_.model,
         {.windows = options_.windows, .inputs = options_.factors, .zeros = options_.zeros});
-    std::vector<std::jthread> others;
+    std::vector<std::future<void>> others;  // which wait for their threads, whatever happens
     for (std::size_t worker = 1; worker < workers_; ++worker)
-      others.emplace_back([&, worker] { work(worker, model, take()); });
+      others.push_back(
+          std::async(std::launch::async, [&, worker] { work(worker, model, take()); }));
     work(0, model, std::move(first));
-    others.clear();
+    for (std::future<void>& other : others) other.get();
     return report_.failures();
   }
 

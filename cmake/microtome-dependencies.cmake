@@ -4,7 +4,11 @@
 # configuration of theirs is needed.
 if(NOT TARGET microtome::headers)
   add_library(microtome::headers INTERFACE IMPORTED)
-  foreach(header hwy/highway.h xsimd/xsimd.hpp nlohmann/json.hpp)
+  set(needed hwy/highway.h nlohmann/json.hpp)
+  if(NOT EMSCRIPTEN)  # which xsimd 8 does not know: kernels/batch.hpp
+    list(APPEND needed xsimd/xsimd.hpp)
+  endif()
+  foreach(header IN LISTS needed)
     string(MAKE_C_IDENTIFIER "MICROTOME_INCLUDE_${header}" variable)
     find_path(${variable} ${header})
     if(NOT ${variable})
@@ -17,6 +21,12 @@ if(NOT TARGET microtome::headers)
 endif()
 
 if(MICROTOME_OPENMP)
+  # Apple's clang has no OpenMP library of its own; Homebrew's libomp lies outside the default paths.
+  foreach(folder /opt/homebrew/opt/libomp /usr/local/opt/libomp)
+    if(APPLE AND NOT OpenMP_ROOT AND EXISTS ${folder})
+      set(OpenMP_ROOT ${folder})
+    endif()
+  endforeach()
   include(CMakeFindDependencyMacro)
   find_dependency(OpenMP COMPONENTS CXX)
 endif()

@@ -8,6 +8,10 @@
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
+/// Steps along k that the compiler unrolls. On Arm clang would load both steps' elements of A as
+/// pairs, and spill sums to keep them: twice the time.
+inline constexpr int steps_at_once = HWY_ARCH_ARM ? 1 : 2;
+
 /// A tile of Rows x (Vectors * lanes) sums in registers:
 ///
 ///     tile[r][j] = start[r * start_stride + j] + sum over i < k of a[r][i] * panel[i][j]
@@ -42,7 +46,7 @@ public:
     const typename Inputs::a_element* row[Rows];
 #pragma GCC unroll 16
     for (ptrdiff_t r = 0; r < Rows; ++r) row[r] = a[r] + first * Inputs::a_per_step;
-#pragma GCC unroll 2
+#pragma GCC unroll steps_at_once
     for (ptrdiff_t i = 0; i < count; ++i) Inputs::multiply_add(row, i, panel + i * width, sums_);
   }
 

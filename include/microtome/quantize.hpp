@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -11,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include <microtome/bits.hpp>
 #include <microtome/calibration.hpp>
 #include <microtome/safetensors_writer.hpp>
 #include <microtome/scheme.hpp>
@@ -20,7 +20,7 @@ namespace microtome {
 /// The nearest bf16 number to a finite one, ties to even, as products in bf16 round.
 inline std::uint16_t bf16_bits(float x) {
   if (std::abs(x) < std::numeric_limits<float>::min()) x = std::copysign(0.0f, x);
-  const auto bits = std::bit_cast<std::uint32_t>(x);
+  const auto bits = bit_cast<std::uint32_t>(x);
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
@@ -73,7 +73,7 @@ public:
     else
       layer.inputs = wanted;
     if (wanted == precision::bf16)  // as the file will have them
-      for (float& v : layer.values) v = std::bit_cast<float>(std::uint32_t{bf16_bits(v)} << 16);
+      for (float& v : layer.values) v = bit_cast<float>(std::uint32_t{bf16_bits(v)} << 16);
     layers_.push_back(layer);
     layers_.back().observer = nullptr;
   }

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +14,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <microtome/bits.hpp>
 #include <microtome/io/file.hpp>
 #include <microtome/tensor.hpp>
 
@@ -196,7 +196,7 @@ private:
     const nlohmann::json header =
         detail::parse_json({text, static_cast<std::size_t>(header_size)}, name_ + ": the header");
     if (!header.is_object()) fail(name_, ": the header is not a JSON object");
-    data_ = bytes_.subspan(8 + header_size);
+    data_ = bytes_.subspan(8 + static_cast<std::size_t>(header_size));
     for (const auto& [key, value] : header.items()) {
       if (key == "__metadata__")
         parse_metadata(value);
@@ -245,7 +245,7 @@ private:
     if (end - begin != count * width)
       fail(name_, ": tensor '", key, "' of shape ", to_string(e.extents), " and dtype ", e.dtype,
            " takes ", count * width, " bytes, but the header gives it ", end - begin);
-    e.bytes = data_.subspan(begin, end - begin);
+    e.bytes = data_.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
     entries_.emplace(key, std::move(e));
   }
 
@@ -277,8 +277,7 @@ private:
       for (index_t i = 0; i < out.size(); ++i) {
         std::uint16_t half = 0;
         std::memcpy(&half, e.bytes.data() + 2 * i, 2);
-        out[i] =
-            e.dtype == "BF16" ? std::bit_cast<float>(std::uint32_t{half} << 16) : widen_half(half);
+        out[i] = e.dtype == "BF16" ? bit_cast<float>(std::uint32_t{half} << 16) : widen_half(half);
       }
     } else {
       fail(name_, ": tensor '", tensor_name, "' has dtype ", e.dtype,

@@ -1,12 +1,12 @@
-#include <microtome/io/npz.hpp>
 #include <microtome/resize.hpp>
 
+#include "../arrays.hpp"
 #include "../support.hpp"
 
 namespace microtome::tests {
 
 TEST_CASE("resize_area equals OpenCV's INTER_AREA, bit for bit") {
-  const io::npz_reader file(data_file("resize.npz"));
+  const array_file file(data_file("resize.npz"));
   int compared = 0;
   for (const std::string& name : file.names()) {
     if (!name.ends_with(".image")) continue;

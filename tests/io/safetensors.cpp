@@ -25,7 +25,7 @@ std::string changed_error(Change&& change) {
   return parse_error(file.bytes());
 }
 
-std::vector<std::byte> tiny_model() {
+std::vector<std::byte> tiny_bytes() {
   const io::mapped_file file(data_file("tiny.safetensors"));
   return {file.bytes().begin(), file.bytes().end()};
 }
@@ -189,7 +189,7 @@ TEST_CASE("hostile shapes and offsets are refused") {
 TEST_CASE(
     "no flipped bit of a model's header or of its sizes goes unpunished by more than an error") {
   // Every outcome but an error or a model that loads is a crash, which the sanitizers would show.
-  const std::vector<std::byte> sound = tiny_model();
+  const std::vector<std::byte> sound = tiny_bytes();
   std::uint64_t header = 0;
   std::memcpy(&header, sound.data(), 8);
   std::mt19937 generator(1);
@@ -212,7 +212,7 @@ TEST_CASE("a model file that is no LiteMedSAM says what it lacks") {
   CHECK(mentions(error_of([&] { static_cast<void>(lite_medsam::load(plain)); }),
                  {"model in memory", "'format'", "convert.py"}));
 
-  const std::vector<std::byte> sound = tiny_model();
+  const std::vector<std::byte> sound = tiny_bytes();
   const auto changed = [&](const char* key, auto value) {
     std::uint64_t size = 0;
     std::memcpy(&size, sound.data(), 8);

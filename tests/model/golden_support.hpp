@@ -6,15 +6,15 @@
 #include <random>
 #include <string>
 
-#include <microtome/io/npz.hpp>
 #include <microtome/microtome.hpp>
 
+#include "../arrays.hpp"
 #include "../support.hpp"
 
 namespace microtome::tests {
 
 /// A float array of a .npz file.
-inline tensor<float> read_floats(const io::npz_reader& file, const std::string& name) {
+inline tensor<float> read_floats(const array_file& file, const std::string& name) {
   io::npy_array array = file.read(name);
   REQUIRE(array.header.dtype == "<f4");
   tensor<float> values(array.header.extents);
@@ -44,7 +44,7 @@ public:
 };
 
 /// An (H, W) array of labels of any 8-bit or 16-bit dtype.
-inline label_map read_labels(const io::npz_reader& file, const std::string& name) {
+inline label_map read_labels(const array_file& file, const std::string& name) {
   const io::npy_array array = file.read(name);
   REQUIRE(array.header.dtype == "|u1");
   label_map labels(array.header.extents);
@@ -75,7 +75,7 @@ inline tensor<float> copy_of(view<const float> values) {
 }
 
 inline tensor<float> golden_image() {
-  const io::npz_reader golden(data_file("tiny_golden.npz"));
+  const array_file golden(data_file("tiny_golden.npz"));
   return channels_last(read_floats(golden, "image"));
 }
 

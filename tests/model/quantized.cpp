@@ -39,12 +39,6 @@ lite_medsam quantized(const std::string& rules, const activation_ranges& ranges,
   return model;
 }
 
-std::uint64_t hash_of(view<const float> values) {
-  std::uint64_t hash = 0xcbf29ce484222325;
-  for (const float v : values) hash = (hash ^ std::bit_cast<std::uint32_t>(v)) * 0x100000001b3;
-  return hash;
-}
-
 }  // namespace
 
 TEST_CASE("a quantised file gives what quantising at load gives, and what its simulation gives") {

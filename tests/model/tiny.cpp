@@ -7,7 +7,7 @@ namespace {
 
 struct tiny {
   lite_medsam model = lite_medsam::load(data_file("tiny.safetensors"));
-  io::npz_reader golden{data_file("tiny_golden.npz")};
+  array_file golden{data_file("tiny_golden.npz")};
   tensor<float> image = channels_last(read_floats(golden, "image"));
 
   double error(const std::string& name, view<const float> value) const {
@@ -16,7 +16,7 @@ struct tiny {
   }
 };
 
-std::vector<box> prompt_boxes(const io::npz_reader& golden) {
+std::vector<box> prompt_boxes(const array_file& golden) {
   const tensor<float> rows = read_floats(golden, "box_prompts");
   std::vector<box> boxes;
   for (index_t i = 0; i < rows.extent(0); ++i)
@@ -24,7 +24,7 @@ std::vector<box> prompt_boxes(const io::npz_reader& golden) {
   return boxes;
 }
 
-std::vector<point> prompt_points(const io::npz_reader& golden) {
+std::vector<point> prompt_points(const array_file& golden) {
   const tensor<float> rows = read_floats(golden, "point_prompts");
   const tensor<float> labels = read_floats(golden, "point_labels");
   std::vector<point> points;

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -25,6 +26,32 @@
 #include <microtome/error.hpp>
 
 namespace microtome::io {
+
+namespace detail {
+
+struct file_closer {
+  void operator()(std::FILE* file) const { std::fclose(file); }
+};
+
+/// std::fopen, for names that are not text on Windows either.
+inline std::FILE* open_to_read(const std::filesystem::path& path) {
+#ifdef _WIN32
+  return ::_wfopen(path.c_str(), L"rb");
+#else
+  return std::fopen(path.c_str(), "rb");
+#endif
+}
+
+/// Null where there is such a file already; older libraries of Windows cannot tell.
+inline std::FILE* create_file(const std::filesystem::path& path) {
+#ifdef _WIN32
+  return ::_wfopen(path.c_str(), L"wb");
+#else
+  return std::fopen(path.c_str(), "wbx");
+#endif
+}
+
+}  // namespace detail
 
 /// A file's bytes, read-only: mapped where the system can, read otherwise. The file must not shrink
 /// while it is mapped.
@@ -51,10 +78,12 @@ public:
     if (start == MAP_FAILED) fail(path.string(), ": cannot be mapped: ", std::strerror(reason));
     bytes_ = {static_cast<const std::byte*>(start), size};
 #else
-    const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(
-        std::fopen(path.string().c_str(), "rb"), &std::fclose);
+    const std::unique_ptr<std::FILE, detail::file_closer> file(detail::open_to_read(path));
     if (!file) fail(path.string(), ": cannot be opened: ", std::strerror(errno));
-    storage_.resize(static_cast<std::size_t>(std::filesystem::file_size(path)));
+    const std::uintmax_t size = std::filesystem::file_size(path, ignored);
+    if (ignored || !std::filesystem::is_regular_file(path, ignored))
+      fail(path.string(), ": is not a regular file");
+    storage_.resize(static_cast<std::size_t>(size));
     if (std::fread(storage_.data(), 1, storage_.size(), file.get()) != storage_.size())
       fail(path.string(), ": cannot be read: ", std::strerror(errno));
     bytes_ = storage_;
@@ -106,7 +135,7 @@ inline void replace_file(const std::filesystem::path& path, std::span<const std:
     std::filesystem::remove(temporary, ignored);
     fail(path.string(), ": ", what, ": ", std::strerror(reason));
   };
-  std::FILE* file = std::fopen(temporary.string().c_str(), "wbx");
+  std::FILE* file = detail::create_file(temporary);
   if (!file) fail(path.string(), ": cannot be created: ", std::strerror(errno));
   const bool written =
       (bytes.empty() || std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size()) &&

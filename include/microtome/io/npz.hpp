@@ -19,7 +19,8 @@ namespace microtome::io {
 
 /// Largest array that is read from a file: 2 GiB, a volume of 2048 slices of 1024 x 1024. What
 /// claims to be larger is taken for a mistake or an attack, before any memory is spent on it.
-inline constexpr index_t max_array_bytes = index_t{2} << 30;
+inline constexpr index_t max_array_bytes = static_cast<index_t>(
+    std::min<std::int64_t>(std::int64_t{2} << 30, std::numeric_limits<index_t>::max()));
 
 namespace detail {
 
