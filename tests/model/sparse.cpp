@@ -3,6 +3,7 @@
 #include <microtome/quantize.hpp>
 #include <microtome/safetensors_writer.hpp>
 
+#include "../kernels/fma.hpp"
 #include "golden_support.hpp"
 
 namespace microtome::tests {
@@ -95,10 +96,11 @@ TEST_CASE("pruned models in 8 bits give the same bits with and without their zer
     };
     const answer dense = with(sparsity::off);
     CHECK(with(sparsity::on) == dense);
-    int8_simulation simulated;
-    CHECK(answer_of(lite_medsam::load(written.path, {.hook = &simulated})) == dense);
     CHECK(std::filesystem::file_size(written.path) < bytes.size());
     CHECK(safetensors(written.path).compressed("image_encoder.layers.1.blocks.0.mlp.fc2.weight"));
+    if (!has_fma()) continue;  // the simulation rounds once
+    int8_simulation simulated;
+    CHECK(answer_of(lite_medsam::load(written.path, {.hook = &simulated})) == dense);
   }
 }
 
