@@ -1,0 +1,72 @@
+/// The products that LiteMedSAM's layers are, and how benchmarks of them are registered.
+#pragma once
+
+#include <string>
+#include <thread>
+
+#include <benchmark/benchmark.h>
+
+#include <kernels/active.hpp>
+#include <microtome/tensor.hpp>
+
+namespace microtome::bench {
+
+using kernels::activation;
+
+struct gemm_shape {
+  const char* layer;
+  index_t m, n, k;
+  index_t taps = 1;
+  activation act = activation::none;
+};
+
+/// The linear layers of encoder and decoder, by the rows that a task takes.
+inline constexpr gemm_shape gemm_shapes[] = {
+    {"patch_embed.0", 96, 32, 3, 1, activation::gelu},
+    {"patch_embed.2", 96, 64, 32},
+    {"layers.0.conv1", 66, 256, 64, 1, activation::gelu},
+    {"layers.0.conv3", 64, 64, 256},
+    {"layers.0.merge1", 66, 128, 64, 1, activation::gelu},
+    {"layers.0.merge3", 32, 128, 128},
+    {"layers.1.qkv", 98, 384, 128},
+    {"layers.1.proj", 98, 128, 128},
+    {"layers.1.fc1", 96, 512, 128, 1, activation::gelu},
+    {"layers.1.fc2", 96, 128, 512},
+    {"layers.1.merge1", 51, 160, 128, 1, activation::gelu},
+    {"layers.1.merge3", 25, 160, 160},
+    {"layers.2.qkv", 196, 480, 160},
+    {"layers.2.proj", 196, 160, 160},
+    {"layers.2.fc1", 96, 640, 160, 1, activation::gelu},
+    {"layers.2.fc2", 96, 160, 640},
+    {"layers.2.merge1", 53, 320, 160, 1, activation::gelu},
+    {"layers.2.merge3", 51, 320, 320},
+    {"layers.3.qkv", 98, 960, 320},
+    {"layers.3.proj", 98, 320, 320},
+    {"layers.3.fc1", 48, 1280, 320, 1, activation::gelu},
+    {"layers.3.fc2", 48, 320, 1280},
+    {"neck.0", 96, 256, 320},
+    {"neck.2", 96, 256, 256, 9},
+    {"decoder.k_proj", 96, 128, 256},
+    {"decoder.scores", 96, 56, 256},
+    {"decoder.attended", 96, 256, 56},
+    {"decoder.upscale1", 64, 128, 256},
+    {"decoder.upscale2", 96, 64, 64, 1, activation::gelu},
+    {"decoder.mask", 96, 1, 32},
+};
+
+inline std::string size_name(const gemm_shape& s) {
+  return std::to_string(s.m) + "x" + std::to_string(s.n) + "x" + std::to_string(s.taps * s.k);
+}
+
+template <class... Arguments>
+void add(const std::string& name, Arguments... arguments) {
+  benchmark::RegisterBenchmark(name.c_str(), arguments...)->UseRealTime();
+  const int threads = static_cast<int>(std::thread::hardware_concurrency());
+  if (threads > 1)
+    benchmark::RegisterBenchmark(name.c_str(), arguments...)->Threads(threads)->UseRealTime();
+}
+
+/// Benchmarks of products with pruned weights: see sparse.cpp.
+void register_sparse();
+
+}  // namespace microtome::bench
