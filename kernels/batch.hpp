@@ -72,19 +72,21 @@ inline constexpr ptrdiff_t batch_lanes = static_cast<ptrdiff_t>(batch::size);
 static_assert(panel_width % batch_lanes == 0);
 
 /// a * b + c, with one rounding where target::fused. (xsimd 8's own fma rounds twice on AVX-512.)
-HWY_INLINE batch fused(batch a, batch b, batch c) {
-  if constexpr (std::is_same_v<batch, highway_batch>)
-    return batch(mul_add(a.data, b.data, c.data));
+template <class Batch>
+HWY_INLINE Batch fused(Batch a, Batch b, Batch c) {
+  if constexpr (std::is_same_v<Batch, highway_batch>)
+    return Batch(mul_add(a.data, b.data, c.data));
   else
-    return batch(mul_add(vector{a.data}, vector{b.data}, vector{c.data}).raw);
+    return Batch(mul_add(vector{a.data}, vector{b.data}, vector{c.data}).raw);
 }
 
 /// a / b, rounded once. (xsimd 8's own division is two steps of Newton's on Arm.)
-HWY_INLINE batch quotient(batch a, batch b) {
-  if constexpr (std::is_same_v<batch, highway_batch>)
+template <class Batch>
+HWY_INLINE Batch quotient(Batch a, Batch b) {
+  if constexpr (std::is_same_v<Batch, highway_batch>)
     return a / b;
   else
-    return batch(hn::Div(vector{a.data}, vector{b.data}).raw);
+    return Batch(hn::Div(vector{a.data}, vector{b.data}).raw);
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE
