@@ -1,4 +1,4 @@
-// The inner loops of the kernels as functions of their own, for bench/cycles.py to find in assembly.
+// The inner loops of the kernels as functions, for bench/cycles.py to find in assembly.
 #include <kernels/table.hpp>
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {

@@ -4,6 +4,7 @@ compiler line, gives what the program gives."""
 import os
 import re
 import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -48,12 +49,34 @@ def test_with_the_bare_compiler_line(run, tiny_model, image, tmp_path):
     check(tmp_path / "main", run, tiny_model, image, tmp_path)
 
 
-def test_with_cmake_from_an_installation(run, tiny_model, image, tmp_path):
+@pytest.mark.parametrize("dispatch", ["OFF", "ON"])
+def test_with_cmake_from_an_installation(dispatch, run, tiny_model, image, tmp_path):
     build = os.environ.get("MICROTOME_BUILD", ROOT / "build" / "release")
     prefix = tmp_path / "prefix"
     quiet = dict(check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--install", build, "--prefix", prefix], **quiet)
     assert (prefix / "bin" / "microtome").exists()
-    subprocess.run(["cmake", "-G", "Ninja", "-S", EXAMPLE, "-B", tmp_path / "b", f"-DCMAKE_PREFIX_PATH={prefix}"], **quiet)
+    subprocess.run(["cmake", "-G", "Ninja", "-S", EXAMPLE, "-B", tmp_path / "b",
+                    f"-DCMAKE_PREFIX_PATH={prefix}", f"-DEMBED_DISPATCH={dispatch}"], **quiet)
     subprocess.run(["cmake", "--build", tmp_path / "b"], **quiet)
-    check(tmp_path / "b" / "embed", run, tiny_model, image, tmp_path)
+    embed = tmp_path / "b" / "embed"
+    if dispatch == "ON":  # nothing compiled for one CPU may be left in the user's own object file
+        symbols = subprocess.run(["nm", "-C", next((tmp_path / "b").rglob("main.cpp.o"))],
+                                 capture_output=True, text=True, check=True).stdout
+        assert "kernels::active()" in symbols
+        assert not re.search(r"kernels::(avx|sse|neon|scalar|wasm)|xsimd|hwy", symbols)
+    check(embed, run, tiny_model, image, tmp_path)
+
+
+def test_from_one_header(run, tiny_model, image, tmp_path):
+    header = tmp_path / "microtome.hpp"
+    subprocess.run([sys.executable, ROOT / "scripts" / "amalgamate", "-o", header], check=True)
+    assert "#include <microtome/" not in header.read_text()
+    source = (EXAMPLE / "main.cpp").read_text().replace("<microtome/microtome.hpp>", '"microtome.hpp"')
+    (tmp_path / "main.cpp").write_text(source)
+    subprocess.run(["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-march=native", "-fopenmp",
+                    "main.cpp", "-o", "main"], check=True, cwd=tmp_path)
+    check(tmp_path / "main", run, tiny_model, image, tmp_path)
+    # Whatever it is compiled for: every target's file is in there.
+    for target in (ROOT / "kernels" / "targets").glob("*.hpp"):
+        assert f"#define MICROTOME_TARGET_NAMESPACE {target.stem}\n" in header.read_text()
