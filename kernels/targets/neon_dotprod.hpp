@@ -5,8 +5,6 @@
 /// gnu flags: -march=armv8.2-a+dotprod
 #pragma once
 
-#include <xsimd/xsimd.hpp>
-
 #define MICROTOME_TARGET_NAMESPACE neon_dotprod
 #define MICROTOME_HIGHWAY_TARGET HWY_NEON
 
@@ -19,7 +17,6 @@ struct target : any_target {
   static constexpr bool fused = true;
   static constexpr ptrdiff_t tile_rows = 12, tile_vectors = 2;
   static constexpr int8_dot int8 = int8_dot::sdot;
-  using batch = xsimd::batch<float, xsimd::neon64>;
 };
 
 }  // namespace microtome::kernels::neon_dotprod

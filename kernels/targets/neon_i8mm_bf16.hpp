@@ -7,8 +7,6 @@
 /// gnu flags: -march=armv8.6-a
 #pragma once
 
-#include <xsimd/xsimd.hpp>
-
 #define MICROTOME_TARGET_NAMESPACE neon_i8mm_bf16
 #define MICROTOME_HIGHWAY_TARGET HWY_NEON
 
@@ -22,7 +20,6 @@ struct target : any_target {
   static constexpr ptrdiff_t tile_rows = 12, tile_vectors = 2;
   static constexpr int8_dot int8 = int8_dot::usdot;
   static constexpr bf16_dot bf16 = bf16_dot::bfmlal;
-  using batch = xsimd::batch<float, xsimd::neon64>;
 };
 
 }  // namespace microtome::kernels::neon_i8mm_bf16
