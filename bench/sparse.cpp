@@ -1,6 +1,7 @@
 // Products with pruned weights over sparsity, beside the dense product of the same shape, without
-// activation: sparse/LAYER/ROWSxCOLUMNSxDEPTH/dense, .../sparsity:PERCENT and .../2:4. FLOPs are those
-// of the dense product, so that rates compare. --benchmark_enable_random_interleaving takes turns.
+// activation: sparse/LAYER/ROWSxCOLUMNSxDEPTH/dense, .../sparsity:PERCENT and .../2:4. FLOPs are
+// those of the dense product, so that rates compare. --benchmark_enable_random_interleaving takes
+// turns.
 #include <random>
 #include <string>
 #include <vector>
@@ -41,8 +42,8 @@ void product(benchmark::State& state, const gemm_shape& s, int percent, precisio
   tensor<float> b = pruned(depth, s.n, std::max(percent, two_of_four));
   for (float& v : b) v = std::round(16 * v);  // whole numbers, as int8 has them
   const kernels::sparse_matrix zeros{s.taps, s.k, s.n, b.data(), s.n, 1};
-  tensor<std::byte> packed(shape{percent == dense ? matrix.packed_bytes(depth, s.n)
-                                                  : matrix.sparse_bytes(zeros)});
+  tensor<std::byte> packed(
+      shape{percent == dense ? matrix.packed_bytes(depth, s.n) : matrix.sparse_bytes(zeros)});
   tensor<float> c(shape{s.m, s.n});
   if (percent == dense)
     matrix.pack_b(depth, s.n, b.data(), s.n, 1, packed.data());
@@ -70,9 +71,9 @@ void product(benchmark::State& state, const gemm_shape& s, int percent, precisio
 }  // namespace
 
 void register_sparse() {
-  for (const auto& [inputs, suffix] : {std::pair{precision::fp32, ""},
-                                       std::pair{precision::bf16, "_bf16"},
-                                       std::pair{precision::int8, "_int8"}})
+  for (const auto& [inputs, suffix] :
+       {std::pair{precision::fp32, ""}, std::pair{precision::bf16, "_bf16"},
+        std::pair{precision::int8, "_int8"}})
     for (const gemm_shape& s : gemm_shapes) {
       if (s.k < 32 || s.n < 32 || s.n == 56 || s.k == 56) continue;  // no weights, or hardly any
       for (const int percent : {dense, 0, 20, 50, two_of_four, 70, 80, 90, 95}) {
