@@ -15,8 +15,8 @@ public:
   token_mlp(const weights& file, const std::string& name, index_t in, index_t hidden, index_t out,
             index_t depth) {
     for (index_t i = 0; i < depth; ++i)
-      layers.emplace_back(file, name + ".layers." + std::to_string(i), i == 0 ? in : hidden,
-                          i + 1 == depth ? out : hidden);
+      layers.emplace_back(file.of_tokens(), name + ".layers." + std::to_string(i),
+                          i == 0 ? in : hidden, i + 1 == depth ? out : hidden);
   }
 
   /// x is (n, in), result is (n, out).

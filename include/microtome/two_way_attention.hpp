@@ -19,10 +19,10 @@ public:
   /// Reads `<name>.q_proj`, `.k_proj`, `.v_proj` (dim to inner) and `.out_proj` (inner to dim).
   cross_attention(const weights& file, const std::string& name, index_t dim, index_t inner,
                   index_t heads)
-      : q_proj(file, name + ".q_proj", dim, inner),
+      : q_proj(file.of_tokens(), name + ".q_proj", dim, inner),
         k_proj(file, name + ".k_proj", dim, inner),
         v_proj(file, name + ".v_proj", dim, inner),
-        out_proj(file, name + ".out_proj", inner, dim),
+        out_proj(file.of_tokens(), name + ".out_proj", inner, dim),
         matrix_(&kernels::active().matrix(activations_near(q_proj.inputs()))),
         heads_(heads) {}
 
@@ -202,12 +202,12 @@ public:
   token_to_image_attention(const weights& file, const std::string& name, index_t dim, index_t inner,
                            index_t heads)
       : heads_(heads),
-        q_proj_(file, name + ".q_proj", dim, inner),
+        q_proj_(file.of_tokens(), name + ".q_proj", dim, inner),
         matrix_(&kernels::active().matrix(activations_near(q_proj_.inputs()))),
         fold_keys_(head_projections::through(file.folded(name + ".k_proj", {inner, dim}), heads)),
         project_values_(head_projections::onto(file.folded(name + ".v_proj", {inner, dim}), heads)),
         value_bias_(file.read(name + ".v_proj.bias", {inner})),
-        out_proj_(file, name + ".out_proj", inner, dim) {}
+        out_proj_(file.of_tokens(), name + ".out_proj", inner, dim) {}
 
   void operator()(workspace& ws, two_way_state& s) const {
     frame memory(ws.memory());
@@ -324,8 +324,8 @@ public:
   image_to_token_attention(const weights& file, const std::string& name, const std::string& norm,
                            index_t dim, index_t inner, index_t heads, bool first)
       : heads_(heads),
-        k_proj_(file, name + ".k_proj", dim, inner),
-        v_proj_(file, name + ".v_proj", dim, inner),
+        k_proj_(file.of_tokens(), name + ".k_proj", dim, inner),
+        v_proj_(file.of_tokens(), name + ".v_proj", dim, inner),
         matrix_(&kernels::active().matrix(activations_near(k_proj_.inputs()))),
         fold_values_(
             head_projections::out_of(file.folded(name + ".out_proj", {dim, inner}), heads)),

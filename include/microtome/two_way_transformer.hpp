@@ -22,7 +22,7 @@ public:
     const index_t dim = config.embed_dim;
     const index_t heads = config.decoder.heads;
     const index_t inner = dim / config.decoder.attention_downsample;
-    self_attention = cross_attention(file, name + ".self_attn", dim, dim, heads);
+    self_attention = cross_attention(file.of_tokens(), name + ".self_attn", dim, dim, heads);
     norm1 = layer_norm(file, name + ".norm1", dim);
     const std::string to_image = name + ".cross_attn_token_to_image";
     if (first)
@@ -30,8 +30,8 @@ public:
     else
       token_to_image.emplace(file, to_image, dim, inner, heads);
     norm2 = layer_norm(file, name + ".norm2", dim);
-    lin1 = linear(file, name + ".mlp.lin1", dim, config.decoder.mlp_dim);
-    lin2 = linear(file, name + ".mlp.lin2", config.decoder.mlp_dim, dim);
+    lin1 = linear(file.of_tokens(), name + ".mlp.lin1", dim, config.decoder.mlp_dim);
+    lin2 = linear(file.of_tokens(), name + ".mlp.lin2", config.decoder.mlp_dim, dim);
     norm3 = layer_norm(file, name + ".norm3", dim);
     image_to_token = image_to_token_attention(file, name + ".cross_attn_image_to_token",
                                               name + ".norm4", dim, inner, heads, first);

@@ -37,6 +37,7 @@ struct layer_weight {
   bool folded = false;     ///< multiplied into others at load: may be stored in 8 bits, no more
   quantization input{};    ///< for int8
   bool simulated = false;  ///< int8 in floating point, with the same results: see simulated_weight
+  bool few_rows = false;   ///< multiplies tokens of prompts, not pixels
   bool sparse = false;     ///< multiplied without its zeros, with the same results
   input_observer* observer = nullptr;
 
@@ -61,11 +62,13 @@ struct layer_weight {
 /// How many of a layer's weights are zeros, and what it would take to skip them.
 struct layer_sparsity {
   index_t zeros = 0;
-  float relative_time = 0;    ///< about, of the time that the dense product takes
+  float relative_time = 0;  ///< about, of the time that the dense product takes
+  bool few_rows = false;
   const char* why = nullptr;  ///< where it cannot be: why
   explicit layer_sparsity(const layer_weight& layer) {
     const tensor<float>& w = layer.values;
     zeros = std::count(w.begin(), w.end(), 0.0f);
+    few_rows = layer.few_rows;
     if (w.extents().rank() == 4 && w.extent(1) == 1) {
       why = "one input channel";
       return;
@@ -81,12 +84,14 @@ struct layer_sparsity {
 
   bool pays(sparsity mode) const {
     if (why || zeros == 0 || mode == sparsity::off) return false;
-    return mode == sparsity::on || relative_time < least_gain;
+    return mode == sparsity::on || relative_time < (few_rows ? few_rows_limit : limit);
   }
 
 private:
-  /// What sparse_time is off by, at most, in most cases.
-  static constexpr float least_gain = 0.9f;
+  static constexpr float limit = 0.9f;  // what sparse_time is off by in most cases
+  // Of a vector of tokens, which costs as much as a tile's element does beside its products, half
+  // may be empty.
+  static constexpr float few_rows_limit = 0.45f;
   static constexpr index_t max_columns = 32768;  // sparse kernels count them in 16 bits
 
   static bool sums_fit(const layer_weight& layer) {
@@ -121,6 +126,13 @@ public:
   /// The same weights for layers that stay in fp32.
   weights kept() const { return weights(*file_, precision::fp32, nullptr, zeros_); }
 
+  /// The same weights for layers that multiply the few tokens of prompts.
+  weights of_tokens() const {
+    weights same = *this;
+    same.few_rows_ = true;
+    return same;
+  }
+
   /// A tensor that no product takes, in fp32. See safetensors::read.
   tensor<float> read(const std::string& name, shape expected) const {
     return file_->read(name, expected);
@@ -144,6 +156,7 @@ private:
     layer.inputs = inputs_;
     layer.out_axis = out_axis;
     layer.folded = folded;
+    layer.few_rows = few_rows_;
     if (file_->contains(stored + "_scale")) {
       layer.inputs =
           file_->contains(name + ".input_scale") ? precision::int8 : precision::int8_weights;
@@ -177,6 +190,7 @@ private:
   precision inputs_;
   layer_hook* hook_;
   sparsity zeros_;
+  bool few_rows_ = false;
 };
 
 }  // namespace microtome

@@ -128,6 +128,11 @@ TEST_CASE("a layer is sparse where that is faster, and says why not") {
   CHECK_FALSE(prune(0).pays(sparsity::on));
   CHECK_FALSE(prune(1).pays(sparsity::automatic));
   CHECK(prune(1).pays(sparsity::on));
+  CHECK(prune(6).pays(sparsity::automatic));
+  CHECK(prune(9).pays(sparsity::automatic));
+  layer.few_rows = true;
+  CHECK_FALSE(prune(6).pays(sparsity::automatic));
+  CHECK(prune(6).pays(sparsity::on));
   CHECK(prune(9).pays(sparsity::automatic));
   CHECK_FALSE(prune(9).pays(sparsity::off));
   CHECK(prune(9).zeros == layer.values.size() * 9 / 10);

@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""Speed and accuracy over sparsity: prunes a model file in several ways, times each with the program in
+turns with the dense model, and compares its masks with held-out generated scenes.
+
+    python3 bench/sparsity.py -o sparsity.json [-m assets/lite_medsam_demo.safetensors] [--plot FILE.png]
+    python3 bench/sparsity.py --from sparsity.json --plot FILE.png
+
+Prints a table. Nothing is trained again after pruning. Needs matplotlib for the plot.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "demo")]
+
+WAYS = {  # how it is pruned: options of convert.py
+    "dense": [],
+    "20 %": ["--prune", "0.2"],
+    "50 %": ["--prune", "0.5"],
+    "2:4": ["--prune-2-4"],
+    "70 %": ["--prune", "0.7"],
+    "80 %": ["--prune", "0.8"],
+    "80 % of each layer": ["--prune", "0.8", "--prune-layerwise"],
+    "90 %": ["--prune", "0.9"],
+}
+
+
+def measure(options, folder):
+    import evaluate
+
+    models = {}
+    for way, arguments in WAYS.items():
+        models[way] = folder / f"{len(models)}.safetensors"
+        subprocess.run([sys.executable, ROOT / "converters/convert.py", options.model, "-o", models[way],
+                        "--storage", "fp16", *arguments], check=True)  # fmt: skip
+    times = {way: {"encoder": [], "box": []} for way in WAYS}
+    for _ in range(options.rounds):
+        for way, model in models.items():
+            answer = subprocess.run([options.program, "bench", "-m", model, "--json", "--runs", "3",
+                                     "--threads", str(options.threads)],
+                                    check=True, capture_output=True)  # fmt: skip
+            row = json.loads(answer.stdout)
+            times[way]["encoder"].append(row["encoder_ms"]["median"])
+            times[way]["box"].append(row["batched_box_ms"]["median"])
+    evaluate.write_scenes(folder / "cases", options.cases)
+    found = {}
+    for way, model in models.items():
+        segs = folder / "segs" / model.stem
+        evaluate.run(options.program, "segment", "-m", model, "-i", folder / "cases", "-o", segs)
+        rows = evaluate.rows_of(options.program, segs, folder / "cases", folder / "metrics.csv")
+        found[way] = times[way] | {
+            "dice": statistics.mean(r["dice"] for r in rows),
+            "megabytes": model.stat().st_size / 1e6,
+        }
+    return found
+
+
+def show(found):
+    print("| pruned | encoder ms | min | max | speed-up | a further box, ms | Dice | file, MB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    dense = statistics.median(found["dense"]["encoder"])
+    for way, row in found.items():
+        ms = row["encoder"]
+        print(f"| {way} | {statistics.median(ms):.0f} | {min(ms):.0f} | {max(ms):.0f} | "
+              f"{dense / statistics.median(ms):.2f} | {statistics.median(row['box']):.1f} | "
+              f"{row['dice']:.3f} | {row['megabytes']:.1f} |")  # fmt: skip
+
+
+def plot(found, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curve = {w: int(w.split()[0]) for w in found if w.endswith(" %")} | {"dense": 0}
+    ways = sorted(curve, key=curve.get)
+    others = {"2:4": 50, "80 % of each layer": 80}
+    dense = statistics.median(found["dense"]["encoder"])
+    figure, speed = plt.subplots(figsize=(7, 4))
+    dice = speed.twinx()
+    for axis, value, color, label in (
+        (speed, lambda w: dense / statistics.median(found[w]["encoder"]), "#2a7f62", "encoder's speed-up"),
+        (dice, lambda w: found[w]["dice"], "#b02a4f", "Dice, not trained again"),
+    ):
+        axis.plot([curve[w] for w in ways], [value(w) for w in ways], "o-", color=color)
+        for way, at in others.items():
+            axis.plot(at, value(way), "^", color=color)
+            axis.annotate(way, (at, value(way)), fontsize=8, ha="right", textcoords="offset points",
+                          xytext=(-7, 3))
+        axis.set_ylabel(label, color=color)
+        axis.set_ylim(0)
+    speed.set_xlabel("weights that are zero, %")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("-m", "--model", default=str(ROOT / "assets/lite_medsam_demo.safetensors"))
+    parser.add_argument("-o", "--output", help="JSON file for what was measured")
+    parser.add_argument("--from", dest="source", help="JSON file of an earlier run, to show again")
+    parser.add_argument("--plot", help="PNG or SVG file")
+    parser.add_argument("--program", default=str(ROOT / "build/release/microtome"))
+    parser.add_argument("--threads", type=int, default=0, help="0: every CPU")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of three runs each (%(default)s)")
+    parser.add_argument("--cases", type=int, default=60, help="held-out scenes (%(default)s)")
+    options = parser.parse_args()
+    if options.source:
+        found = json.loads(pathlib.Path(options.source).read_text())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(options, pathlib.Path(folder))
+    if options.output:
+        pathlib.Path(options.output).write_text(json.dumps(found, indent=1))
+    show(found)
+    if options.plot:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
