@@ -1,7 +1,7 @@
 // Sparse products against the same products by the dense kernels, to the bit, and the scalar
 // reference.
+#include <kernels/active.hpp>
 #include <kernels/reference.hpp>
-#include <kernels/table.hpp>
 
 #include "../support.hpp"
 
