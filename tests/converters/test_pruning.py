@@ -206,7 +206,8 @@ def converted(tmp_path, source, *options):
     """The tensors, expanded, and the metadata that a conversion writes."""
     target = tmp_path / "out.safetensors"
     assert convert.main([str(source), "-o", str(target), *options]) == 0
-    tensors, _, metadata = model_file.read(target)
+    tensors, config, metadata = model_file.read(target)
+    assert config == CONFIG
     return tensors, metadata
 
 
@@ -553,7 +554,7 @@ def test_a_model_file_is_converted_to_itself(tmp_path, dense, storage):
     assert convert.main([str(dense), "-o", str(once), *options]) == 0
     assert convert.main([str(once), "-o", str(twice), "--storage", storage]) == 0
     assert once.read_bytes() == twice.read_bytes()
-    assert raw(twice)[1]["pruning"] == "global 0.4"
+    assert raw(twice)[1]["pruning"] == "global 0.4" and model_file.read(twice)[1] == CONFIG
     assert convert.main([str(once), "-o", str(twice), "--prune-2-4"]) == 0
     assert raw(twice)[1]["pruning"] == "2:4"
 
