@@ -89,8 +89,7 @@ struct layer_sparsity {
 
 private:
   static constexpr float limit = 0.9f;  // what sparse_time is off by in most cases
-  // Of a vector of tokens, which costs as much as a tile's element does beside its products, half
-  // may be empty.
+  // Few rows leave vectors of tokens half empty, and share an element's broadcast among fewer.
   static constexpr float few_rows_limit = 0.45f;
   static constexpr index_t max_columns = 32768;  // sparse kernels count them in 16 bits
 
