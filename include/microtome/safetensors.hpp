@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bitset>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -158,8 +159,10 @@ private:
     const entry& mask = find(whole + "_mask", {(expected.size() + 7) / 8});
     if (mask.dtype != "U8")
       fail(name_, ": tensor '", whole, "_mask' has dtype ", mask.dtype, ", expected U8");
-    index_t stored = 0;
-    for (const std::byte b : mask.bytes) stored += std::popcount(std::to_integer<unsigned>(b));
+    std::size_t bits = 0;
+    for (const std::byte b : mask.bytes)
+      bits += std::bitset<8>(std::to_integer<unsigned>(b)).count();
+    const auto stored = static_cast<index_t>(bits);
     const tensor<float> values = read_values(whole + "_values", {stored});
     tensor<float> out(expected);
     index_t next = 0;
