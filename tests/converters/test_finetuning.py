@@ -1,5 +1,7 @@
 """Training that goes on from given weights: zeros stay zeros, and the loss falls."""
 
+import argparse
+import contextlib
 import signal
 import subprocess
 import sys
@@ -73,20 +75,34 @@ def loss_of(tensors):
     return np.mean(losses)
 
 
-def test_zeros_stay_zeros_and_the_loss_falls(tmp_path, pruned):
+def test_the_loss_falls(tmp_path, pruned):
+    options = argparse.Namespace(seed=1, output=tmp_path / "none.pth", rate=2e-3, finetune=pruned, hold_zeros=True)
+    training = train.Training(options, torch.device("cpu"))
+    before, _, _ = model_file.read(pruned)
+    data = train.Scenes(1, SIDE, 4)
+    for i in range(24):
+        batch = [t[None] for t in data[i]]
+        loss, _ = train.step_loss(training.model, training.dense, batch, False, contextlib.nullcontext())
+        training.descend(loss, 2e-3)
+    after = training.model.state_dict()
+    assert loss_of(after) < 0.97 * loss_of(before)
+    for name, was in zeros(before).items():
+        assert np.array_equal(after[f"{name}.weight"].numpy() == 0, was), name
+
+
+def test_zeros_stay_zeros_after_an_interruption(tmp_path, pruned):
     saved = tmp_path / "state.pth"
     arguments = ["-o", saved, "--finetune", pruned, "--hold-zeros", "--rate", "2e-3"]
-    assert run(*arguments, "--minutes", 5, lines=2) == (0, "")
+    assert run(*arguments, "--minutes", 5, lines=1) == (0, "")
     first = torch.load(saved)
-    assert first["step"] >= 10 and first["seconds"] < 100
-    minutes = (first["seconds"] + 12) / 60
+    assert first["step"] >= 5 and first["seconds"] < 100
+    minutes = (first["seconds"] + 5) / 60
     assert run(*arguments, "--minutes", minutes) == (0, "")
     second = torch.load(saved)
     assert second["step"] > first["step"] and second["curve"][: len(first["curve"])] == first["curve"]
-    assert 60 * minutes <= second["seconds"] < 60 * minutes + 10
+    assert 60 * minutes <= second["seconds"] < 60 * minutes + 30
 
     before, _, _ = model_file.read(pruned)
-    assert loss_of(second["mean"]) < 0.95 * loss_of(before)
     for tensors in (second["model"], second["mean"]):
         assert tensors.keys() == before.keys()
         for name, was in zeros(before).items():
