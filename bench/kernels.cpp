@@ -18,7 +18,6 @@
 
 #include "peers.hpp"
 #include "shapes.hpp"
-#include "support.hpp"
 
 namespace microtome::bench {
 
@@ -29,32 +28,10 @@ using kernels::precision;
 
 void gemm(benchmark::State& state, const gemm_shape& s, precision inputs) {
   const kernels::matrix_kernels& matrix = kernel.matrix(inputs);
-  const index_t depth = s.taps * s.k;
-  const tensor<float> a = values({s.m, s.k}), bias = values({s.n}), scale = values({s.n});
-  tensor<float> b = values({depth, s.n});
-  for (float& v : b) v = std::round(16 * v);  // whole numbers, as int8 has them
-  tensor<std::byte> packed(shape{matrix.packed_bytes(depth, s.n)});
-  tensor<float> c(shape{s.m, s.n});
-  matrix.pack_b(depth, s.n, b.data(), s.n, 1, packed.data());
-  std::vector<const float*> a_rows;
-  for (index_t t = 0; t < s.taps; ++t)
-    for (index_t i = 0; i < s.m; ++i) a_rows.push_back(a.row((i + t) % s.m));
-  const auto c_rows = rows_of(c.data(), s.m, s.n);
-  const work todo{2.0 * static_cast<double>(s.m * s.n * depth),
-                  floats(s.m * s.k + s.m * s.n + s.n) + static_cast<double>(packed.size()), inputs};
-  measure(state, todo, [&] {
-    matrix.gemm({.m = s.m,
-                 .n = s.n,
-                 .k = s.k,
-                 .taps = s.taps,
-                 .a = a_rows.data(),
-                 .b = packed.data(),
-                 .c = c_rows.data(),
-                 .bias = bias.data(),
-                 .act = s.act,
-                 .scale = scale.data(),
-                 .input = {0.02f, 128}});
-  });
+  const operands product(s, values({s.taps * s.k, s.n}));
+  const tensor<std::byte> packed = product.packed(matrix);
+  const kernels::gemm_args args = product.with(packed);
+  measure(state, product.todo(packed, inputs), [&] { matrix.gemm(args); });
 }
 
 /// One head of one window: n_q queries, n_k keys.

@@ -1,13 +1,16 @@
 /// The products that LiteMedSAM's layers are, and how benchmarks of them are registered.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include <benchmark/benchmark.h>
 
-#include <kernels/active.hpp>
-#include <microtome/tensor.hpp>
+#include "support.hpp"
 
 namespace microtome::bench {
 
@@ -52,6 +55,66 @@ inline constexpr gemm_shape gemm_shapes[] = {
     {"decoder.upscale1", 64, 128, 256},
     {"decoder.upscale2", 96, 64, 64, 1, activation::gelu},
     {"decoder.mask", 96, 1, 32},
+};
+
+/// What such a product multiplies. B (taps * k, n) becomes whole numbers, as int8 has them, and of
+/// what is not zero nothing becomes zero.
+class operands {
+public:
+  operands(const gemm_shape& s, tensor<float> weights)
+      : shape_(s),
+        a_(values({s.m, s.k})),
+        b_(std::move(weights)),
+        bias_(values({s.n})),
+        scale_(values({s.n})),
+        c_(shape{s.m, s.n}),
+        c_rows_(rows_of(c_.data(), s.m, s.n)) {
+    for (float& v : b_)
+      if (v != 0) v = std::copysign(std::max(1.0f, std::round(16 * std::abs(v))), v);
+    for (index_t t = 0; t < s.taps; ++t)
+      for (index_t i = 0; i < s.m; ++i) a_rows_.push_back(a_.row((i + t) % s.m));
+  }
+
+  /// B without its zeros.
+  tensor<std::byte> packed_sparse(const kernels::matrix_kernels& matrix) const {
+    const kernels::sparse_matrix b{shape_.taps, shape_.k, shape_.n, b_.data(), shape_.n, 1};
+    tensor<std::byte> packed(shape{matrix.sparse_bytes(b)});
+    matrix.pack_sparse(b, packed.data());
+    return packed;
+  }
+  tensor<std::byte> packed(const kernels::matrix_kernels& matrix) const {
+    tensor<std::byte> packed(shape{matrix.packed_bytes(depth(), shape_.n)});
+    matrix.pack_b(depth(), shape_.n, b_.data(), shape_.n, 1, packed.data());
+    return packed;
+  }
+
+  kernels::gemm_args with(const tensor<std::byte>& packed) const {
+    return {.m = shape_.m,
+            .n = shape_.n,
+            .k = shape_.k,
+            .taps = shape_.taps,
+            .a = a_rows_.data(),
+            .b = packed.data(),
+            .c = c_rows_.data(),
+            .bias = bias_.data(),
+            .act = shape_.act,
+            .scale = scale_.data(),
+            .input = {0.02f, 128}};
+  }
+
+  /// Counted as of a dense product.
+  work todo(const tensor<std::byte>& packed, kernels::precision inputs) const {
+    return {2.0 * static_cast<double>(shape_.m * shape_.n * depth()),
+            floats(a_.size() + c_.size() + shape_.n) + static_cast<double>(packed.size()), inputs};
+  }
+
+private:
+  index_t depth() const { return shape_.taps * shape_.k; }
+
+  gemm_shape shape_;
+  tensor<float> a_, b_, bias_, scale_, c_;
+  std::vector<const float*> a_rows_;
+  std::vector<float*> c_rows_;
 };
 
 inline std::string size_name(const gemm_shape& s) {

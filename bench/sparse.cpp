@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "shapes.hpp"
-#include "support.hpp"
 
 namespace microtome::bench {
 
@@ -35,37 +34,15 @@ tensor<float> pruned(index_t k, index_t n, int percent) {
   return b;
 }
 
-void product(benchmark::State& state, const gemm_shape& s, int percent, precision inputs) {
+void product(benchmark::State& state, gemm_shape s, int percent, precision inputs) {
   const kernels::matrix_kernels& matrix = kernel.matrix(inputs);
-  const index_t depth = s.taps * s.k;
-  const tensor<float> a = values({s.m, s.k}), bias = values({s.n}), scale = values({s.n});
-  tensor<float> b = pruned(depth, s.n, std::max(percent, two_of_four));
-  for (float& v : b) v = std::round(16 * v);  // whole numbers, as int8 has them
-  const kernels::sparse_matrix zeros{s.taps, s.k, s.n, b.data(), s.n, 1};
-  tensor<std::byte> packed(
-      shape{percent == dense ? matrix.packed_bytes(depth, s.n) : matrix.sparse_bytes(zeros)});
-  tensor<float> c(shape{s.m, s.n});
-  if (percent == dense)
-    matrix.pack_b(depth, s.n, b.data(), s.n, 1, packed.data());
-  else
-    matrix.pack_sparse(zeros, packed.data());
-  std::vector<const float*> a_rows;
-  for (index_t t = 0; t < s.taps; ++t)
-    for (index_t i = 0; i < s.m; ++i) a_rows.push_back(a.row((i + t) % s.m));
-  const auto c_rows = rows_of(c.data(), s.m, s.n);
-  const kernels::gemm_args args{.m = s.m,
-                                .n = s.n,
-                                .k = s.k,
-                                .taps = s.taps,
-                                .a = a_rows.data(),
-                                .b = packed.data(),
-                                .c = c_rows.data(),
-                                .bias = bias.data(),
-                                .scale = scale.data(),
-                                .input = {0.02f, 128}};
-  const work todo{2.0 * static_cast<double>(s.m * s.n * depth),
-                  floats(s.m * s.k + s.m * s.n + s.n) + static_cast<double>(packed.size()), inputs};
-  measure(state, todo, [&] { percent == dense ? matrix.gemm(args) : matrix.sparse_gemm(args); });
+  s.act = activation::none;
+  const operands factors(s, pruned(s.taps * s.k, s.n, percent));
+  const bool skips = percent != dense;
+  const tensor<std::byte> packed = skips ? factors.packed_sparse(matrix) : factors.packed(matrix);
+  const kernels::gemm_args args = factors.with(packed);
+  measure(state, factors.todo(packed, inputs),
+          [&] { skips ? matrix.sparse_gemm(args) : matrix.gemm(args); });
 }
 
 }  // namespace

@@ -41,6 +41,10 @@ struct quantization {
   int zero_point = 0;
 };
 
+/// Products may be cut into pieces at multiples of this many columns of B. A multiple of the
+/// columns that any target packs side by side.
+inline constexpr ptrdiff_t column_slice = 64;
+
 /// C = act(sum over t of A[t] * B[t] + bias + residual)
 ///
 /// A[t] is (m, k), given by m row pointers per tap t; B is (taps * k, n), packed by `pack_b`;
@@ -66,8 +70,7 @@ struct gemm_args {
   activation act = activation::none;
   const float* scale = nullptr;
   quantization input{};
-  ptrdiff_t column =
-      0;  ///< sparse B: multiplied are n of its columns from here on, a multiple of 64
+  ptrdiff_t column = 0;  ///< of B, from which on n are multiplied: a multiple of column_slice
 };
 
 /// In int8, the largest sum of |B| over a column that a sparse product takes: sums of whole numbers
@@ -139,8 +142,7 @@ struct matrix_kernels {
   /// Bytes that pack_b writes for B (k, n).
   ptrdiff_t (*packed_bytes)(ptrdiff_t k, ptrdiff_t n);
   /// Packs B, whole numbers for int8, given as (k, n) with element (i, j) at b[i * row_stride + j *
-  /// column_stride], in panels of panel_width columns. Columns from a multiple p of panel_width on
-  /// start at byte packed_bytes(k, p).
+  /// column_stride].
   void (*pack_b)(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
                  ptrdiff_t column_stride, void* packed);
   void (*gemm)(const gemm_args&);
@@ -172,8 +174,6 @@ struct table {
   /// Whether bf16 runs on instructions of its own; elsewhere it gives the same bits, at the speed
   /// of fp32 at best.
   bool native_bf16;
-  /// Columns of B that lie side by side in a packed panel.
-  ptrdiff_t panel_width;
   /// About what sparse_gemm takes of the time of gemm, where B has `stored` elements (its values
   /// are not looked at) and rows are many.
   float (*sparse_time)(precision, const sparse_matrix& b, ptrdiff_t stored);

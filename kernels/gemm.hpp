@@ -39,6 +39,8 @@ inline ptrdiff_t panel_bytes(ptrdiff_t k) {
   return round_up(elements * size, 64) + column_sum_bytes<Inputs>;
 }
 
+static_assert(column_slice % panel_width == 0);
+
 template <class Inputs>
 inline ptrdiff_t packed_bytes(ptrdiff_t k, ptrdiff_t n) {
   return panel_bytes<Inputs>(k) * (round_up(n, panel_width) / panel_width);
@@ -127,7 +129,8 @@ inline void gemm_rows(const gemm_args& args, const a_rows<Inputs>& rows, ptrdiff
   alignas(64) sum start[panel_width];
   alignas(64) float bias[panel_width], scale[panel_width];
   const ptrdiff_t depth = args.taps * args.k;
-  const auto* panel = static_cast<const std::byte*>(args.b);
+  const auto* panel =
+      static_cast<const std::byte*>(args.b) + packed_bytes<Inputs>(depth, args.column);
   for (ptrdiff_t n0 = 0; n0 < args.n; n0 += panel_width, panel += panel_bytes<Inputs>(depth)) {
     const ptrdiff_t columns = std::min(panel_width, args.n - n0);
     std::fill_n(bias, panel_width, 0.0f);

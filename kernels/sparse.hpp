@@ -31,11 +31,11 @@ inline constexpr ptrdiff_t tile_token_vectors = lanes == 4 && tile_rows > 6 ? 12
 inline constexpr ptrdiff_t tile_tokens = tile_token_vectors * lanes;
 /// Rows of a tile: it takes 24 of 32 KiB of L1, and offsets in it fit 16 bits.
 inline constexpr ptrdiff_t tile_depth = 24 * 1024 / 4 / tile_tokens;
-/// Columns whose sums take at most 128 KiB.
-inline constexpr ptrdiff_t chunk_columns = 128 * 1024 / 4 / tile_tokens / 64 * 64;
 /// Columns that are transposed back at a time, and among which a block may order them as it likes.
-inline constexpr ptrdiff_t strip_columns = 64;
-static_assert(chunk_columns % strip_columns == 0);
+inline constexpr ptrdiff_t strip_columns = column_slice;
+/// Strips whose sums take at most 128 KiB.
+inline constexpr ptrdiff_t chunk_columns =
+    128 * 1024 / 4 / tile_tokens / strip_columns * strip_columns;
 
 /// Columns that are packed side by side, with as many elements each: of those with fewer some are
 /// zeros.
@@ -50,13 +50,13 @@ inline constexpr ptrdiff_t group_columns = 4;
 /// + c] (columns after the last one are empty); its elements, `count` as in the whole group, lie
 /// from starts[i * groups + g] + c * count on.
 struct sparse_header {
-  ptrdiff_t blocks, depth, groups, columns;
+  ptrdiff_t blocks, depth, groups;
   ptrdiff_t places;   ///< std::uint16_t
   ptrdiff_t values;   ///< float: the elements
   ptrdiff_t offsets;  ///< std::uint16_t: where in the tile an element's row starts, in bytes
 
   explicit sparse_header(const sparse_matrix& b)
-      : groups(round_up(b.n, group_columns) / group_columns), columns(b.n) {
+      : groups(round_up(b.n, group_columns) / group_columns) {
     const ptrdiff_t pieces = (b.k + tile_depth - 1) / tile_depth;
     depth = round_up((b.k + pieces - 1) / pieces, 2);  // pairs of bf16 stay together
     blocks = b.taps * ((b.k + depth - 1) / depth);

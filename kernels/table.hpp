@@ -34,7 +34,6 @@ inline constexpr table kernel_table{
     .matrices = {kernels_of<fp32_inputs>, kernels_of<bf16_inputs>,
                  kernels_of<int8_inputs, fp32_inputs>, kernels_of<int8_weight_inputs, fp32_inputs>},
     .native_bf16 = target::bf16 != bf16_dot::none,
-    .panel_width = panel_width,
     .sparse_time = sparse_time,
     .attention_columns = attention_columns,
     .depthwise3x3 = depthwise3x3,

@@ -25,7 +25,7 @@ from compare import HERE, ROOT, Program, Worker, chosen, take_turns
 sys.path[:0] = [str(HERE)]
 
 import evaluate  # noqa: E402
-import lite_medsam  # noqa: E402
+import load_weights  # noqa: E402
 import original  # noqa: E402
 import scenes  # noqa: E402
 
@@ -55,21 +55,6 @@ def read_header(path):
         return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
 
 
-def load_reference(path):
-    """The PyTorch reference with the weights of a model file, whose BatchNorms are folded."""
-    from safetensors.torch import load_file
-
-    model = lite_medsam.LiteMedSAM(json.loads(read_header(path)["__metadata__"]["config"]))
-    for module in model.modules():
-        if isinstance(module, lite_medsam.Conv2dBN):
-            c = module.c
-            module.c = torch.nn.Conv2d(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding,
-                                       groups=c.groups)
-            module.bn = torch.nn.Identity()
-    model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-    return model.eval().requires_grad_(False)
-
-
 def write_calibration(folder, count):
     folder.mkdir()
     for i in range(count):
@@ -89,7 +74,7 @@ class Comparison:
         self.options, self.folder = options, folder
         self.cases, self.calibration = folder / "test", folder / "calibration"
         self.failed, self.contenders, self.models, self.sizes = {}, {}, {}, {}
-        self.reference = load_reference(options.model)
+        self.reference = load_weights.load(options.model).eval().requires_grad_(False)
         write_calibration(self.calibration, options.cases)
         evaluate.write_scenes(self.cases, options.test)
         self.inputs = folder / "inputs"

@@ -74,9 +74,9 @@ public:
   /// Whether a weight is stored without its zeros. Instead of `<name>` there are then
   ///
   ///     <name>_values  (stored)           its other elements, row by row
-  ///     <name>_mask    (ceil(size / 8))   U8: bit i % 8, the lowest first, of byte i / 8 says
-  ///     whether
-  ///                                       element i is stored; bits past the end are 0
+  ///     <name>_mask    (ceil(size / 8))   U8, a bit for each element: is it stored?
+  ///
+  /// Element i has bit i % 8, the lowest first, of byte i / 8; bits past the end are 0.
   bool compressed(std::string_view name) const { return contains(std::string(name) + "_mask"); }
 
   /// How a tensor's elements are stored, compressed or not. Throws `error` where it is missing.
@@ -105,9 +105,28 @@ public:
   /// The tensor `tensor_name` as fp32; F16 and BF16 are widened. Throws `error` where it is
   /// missing, has another shape than `expected`, another dtype, or holds a NaN or an infinity.
   tensor<float> read(std::string_view tensor_name, shape expected) const {
-    if (compressed(tensor_name))
-      return expand(tensor_name, expected,
-                    [&](const std::string& values, shape s) { return read(values, s); });
+    return read_with(&safetensors::read_floats, tensor_name, expected);
+  }
+
+  /// The I8 tensor `tensor_name`, whole numbers from -127 to 127. Throws `error` as `read` does.
+  tensor<float> read_int8(std::string_view tensor_name, shape expected) const {
+    return read_with(&safetensors::read_bytes, tensor_name, expected);
+  }
+
+  /// Tells the system that the mapped pages are not needed for now (the weights have been packed).
+  void drop_pages() { file_.drop_pages(); }
+
+private:
+  static constexpr std::uint64_t max_header = 64 << 20;
+  using reader = tensor<float> (safetensors::*)(std::string_view, const shape&) const;
+
+  tensor<float> read_with(reader read_stored, std::string_view tensor_name,
+                          const shape& expected) const {
+    return compressed(tensor_name) ? expand(read_stored, tensor_name, expected)
+                                   : (this->*read_stored)(tensor_name, expected);
+  }
+
+  tensor<float> read_floats(std::string_view tensor_name, const shape& expected) const {
     const entry& e = find(tensor_name, expected);
     tensor<float> values(expected);
     widen(tensor_name, e, values);
@@ -118,11 +137,7 @@ public:
     return values;
   }
 
-  /// The I8 tensor `tensor_name`, whole numbers from -127 to 127. Throws `error` as `read` does.
-  tensor<float> read_int8(std::string_view tensor_name, shape expected) const {
-    if (compressed(tensor_name))
-      return expand(tensor_name, expected,
-                    [&](const std::string& values, shape s) { return read_int8(values, s); });
+  tensor<float> read_bytes(std::string_view tensor_name, const shape& expected) const {
     const entry& e = find(tensor_name, expected);
     if (e.dtype != "I8")
       fail(name_, ": tensor '", tensor_name, "' has dtype ", e.dtype, ", expected I8");
@@ -137,22 +152,15 @@ public:
     return values;
   }
 
-  /// Tells the system that the mapped pages are not needed for now (the weights have been packed).
-  void drop_pages() { file_.drop_pages(); }
-
-private:
-  static constexpr std::uint64_t max_header = 64 << 20;
-
   const entry& any(std::string_view tensor_name) const {
     const auto found = entries_.find(tensor_name);
     if (found == entries_.end()) fail(name_, ": tensor '", tensor_name, "' is missing");
     return found->second;
   }
 
-  /// A compressed tensor with its zeros; read_values(name, shape) reads the others.
-  template <class Function>
-  tensor<float> expand(std::string_view tensor_name, const shape& expected,
-                       Function&& read_values) const {
+  /// A compressed tensor with its zeros.
+  tensor<float> expand(reader read_stored, std::string_view tensor_name,
+                       const shape& expected) const {
     const std::string whole(tensor_name);
     if (contains(whole))
       fail(name_, ": tensor '", whole, "' is there twice, as it is and compressed");
@@ -163,7 +171,7 @@ private:
     for (const std::byte b : mask.bytes)
       bits += std::bitset<8>(std::to_integer<unsigned>(b)).count();
     const auto stored = static_cast<index_t>(bits);
-    const tensor<float> values = read_values(whole + "_values", {stored});
+    const tensor<float> values = (this->*read_stored)(whole + "_values", {stored});
     tensor<float> out(expected);
     index_t next = 0;
     for (index_t i = 0; i < out.size(); ++i) {

@@ -60,7 +60,10 @@ TEST_CASE("activations are accurate over the whole range, at every length") {
 }
 
 TEST_CASE("GELU, sigmoid and softmax give the same bits on every target with fused multiply-adds") {
-  if (!has_fma()) return;
+  if (!has_fma()) {
+    skip_without_fma();
+    return;
+  }
   const kernels::table& kernel = kernels::active();
   tensor<float> x(shape{8001}), y(x.extents());
   for (index_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i - 4000) * 0x1p-9f;

@@ -52,10 +52,8 @@ void check(const gemm_case& g) {
     return fast;
   };
   run(kernels::reference::gemm, b.data(), slow);
-  // Partial sums grow with the root of k, and so does the rounding of each of the k additions.
-  const double rounding = has_fma() ? 1.5e-7 : 2.5e-7;
   CHECK(max_error(run_packed(kernel.matrix(kernels::precision::fp32)), slow) <=
-        rounding * static_cast<double>(depth) + 3e-6);
+        sum_tolerance(depth));
   // bf16 is off by 2^-9 at most in each factor.
   const tensor<float> rounded = run_packed(kernel.matrix(kernels::precision::bf16));
   CHECK(max_error(rounded, slow) <= 0.02 * std::sqrt(static_cast<double>(depth)) + 0.02);

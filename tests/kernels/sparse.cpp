@@ -3,7 +3,7 @@
 #include <kernels/active.hpp>
 #include <kernels/reference.hpp>
 
-#include "../support.hpp"
+#include "fma.hpp"
 
 namespace microtome::tests {
 
@@ -34,7 +34,12 @@ tensor<float> pruned_matrix(const sparse_case& s) {
   return b;
 }
 
-tensor<float> multiply(const sparse_case& s, const tensor<float>& b, bool sparse, bool scalar) {
+enum class kernel { dense, sparse, reference };
+
+/// A * B, or its columns from `column` on.
+tensor<float> multiply(const sparse_case& s, const tensor<float>& b, kernel which,
+                       index_t column = 0) {
+  const bool sparse = which == kernel::sparse;
   const tensor<float> a = random_tensor({s.taps * s.m, s.k + 3}, 1), bias = random_tensor({s.n}, 3);
   const tensor<float> residual = random_tensor({s.m, s.n + 5}, 4);
   tensor<float> scale = random_tensor({s.n}, 5, 1e-2f), c(shape{s.m, s.n + 5});
@@ -64,13 +69,11 @@ tensor<float> multiply(const sparse_case& s, const tensor<float>& b, bool sparse
                           .act = s.act,
                           .scale = scaled ? scale.data() : nullptr,
                           .input = {0.02f, 117}};
-  if (sparse && s.column > 0) {
-    args.column = s.column;
-    args.n -= s.column;
-    if (args.bias) args.bias += s.column;
-    if (args.scale) args.scale += s.column;
-  }
-  if (scalar) {
+  args.column = column;
+  args.n -= column;
+  if (args.bias) args.bias += column;
+  if (args.scale) args.scale += column;
+  if (which == kernel::reference) {
     args.b = b.data();
     kernels::reference::gemm(args);
   } else {
@@ -87,16 +90,19 @@ void check_sparse(const sparse_case& s) {
   CAPTURE(s.density);
   CAPTURE(static_cast<int>(s.inputs));
   const tensor<float> b = pruned_matrix(s);
-  const tensor<float> sparse = multiply(s, b, true, false), dense = multiply(s, b, false, false);
-  bool equal = true;
-  for (index_t i = 0; i < s.m; ++i)
-    for (index_t j = 0; j < s.n + 5; ++j)
-      equal &= j < s.n - s.column ? sparse.row(i)[j] == dense.row(i)[j + s.column]
-                                  : sparse.row(i)[j] == 0;  // what lies after a row is not written
-  CHECK(equal);
-  if (s.inputs == precision::fp32 && s.column == 0)
-    CHECK(max_error(sparse, multiply(s, b, true, true)) <=
-          2e-6 * std::sqrt(static_cast<double>(s.taps * s.k)) * 30 * 4);
+  const tensor<float> dense = multiply(s, b, kernel::dense);
+  for (const kernel which : {kernel::sparse, kernel::dense}) {
+    const tensor<float> part = multiply(s, b, which, s.column);
+    bool equal = true;
+    for (index_t i = 0; i < s.m; ++i)
+      for (index_t j = 0; j < s.n + 5; ++j)
+        equal &= j < s.n - s.column ? part.row(i)[j] == dense.row(i)[j + s.column]
+                                    : part.row(i)[j] == 0;  // what lies after a row is not written
+    CHECK(equal);
+  }
+  if (s.inputs != precision::fp32) return;
+  // Elements of B have a deviation of 30, and the largest of many sums is in question.
+  CHECK(max_error(dense, multiply(s, b, kernel::reference)) <= 60 * sum_tolerance(s.taps * s.k));
 }
 
 constexpr precision all_precisions[] = {precision::fp32, precision::bf16, precision::int8,

@@ -52,8 +52,8 @@ public:
 
   bool empty() const { return values_.empty(); }
 
-  /// As kernels::gemm with int8 factors, with B's columns from `column` on.
-  void multiply(const kernels::gemm_args& args, index_t column) const {
+  /// As kernels::gemm with int8 factors.
+  void multiply(const kernels::gemm_args& args) const {
     std::vector<float> x(static_cast<std::size_t>(args.k));
     std::vector<double> sums(static_cast<std::size_t>(args.n));
     for (index_t row = 0; row < args.m; ++row) {
@@ -62,7 +62,7 @@ public:
         kernels::active().quantize(args.k, args.a[tap * args.m + row], args.input, x.data());
         for (index_t i = 0; i < args.k; ++i) {
           const double factor = x[static_cast<std::size_t>(i)];
-          const double* b = values_.row(tap * args.k + i) + column;
+          const double* b = values_.row(tap * args.k + i) + args.column;
           for (index_t j = 0; j < args.n; ++j) sums[static_cast<std::size_t>(j)] += factor * b[j];
         }
       }
@@ -124,21 +124,14 @@ public:
   index_t depth() const { return depth_; }  ///< k, over all taps
   index_t width() const { return width_; }  ///< n
 
-  /// Serial: kernels::gemm with args.b the columns from `column` on, which must be a multiple
-  /// of 64.
-  void multiply(kernels::gemm_args args, index_t column = 0) const {
-    if (!scale_.empty()) args.scale = scale_.data() + column;
+  /// Serial: kernels::gemm with this B.
+  void multiply(kernels::gemm_args args) const {
+    args.b = packed_.data();
+    if (!scale_.empty()) args.scale = scale_.data() + args.column;
     args.input = input_;
-    if (observer_ && column == 0) observer_->see(args.m * args.taps, args.k, args.a);
-    if (!simulation_.empty()) return simulation_.multiply(args, column);
-    if (sparse_) {
-      args.b = packed_.data();
-      args.column = column;
-      matrix().sparse_gemm(args);
-    } else {
-      args.b = packed_.data() + matrix().packed_bytes(depth_, column);
-      matrix().gemm(args);
-    }
+    if (observer_ && args.column == 0) observer_->see(args.m * args.taps, args.k, args.a);
+    if (!simulation_.empty()) return simulation_.multiply(args);
+    sparse_ ? matrix().sparse_gemm(args) : matrix().gemm(args);
   }
 
 private:
@@ -194,7 +187,7 @@ public:
     const index_t n = x.extent(0);
     // Few tokens (those of a prompt) are shared out by columns, many by rows.
     const index_t blocks = block_count(n);
-    const index_t slice = blocks >= 2 * ws.threads() ? out() : 64;
+    const index_t slice = blocks >= 2 * ws.threads() ? out() : kernels::column_slice;
     const index_t slices = (out() + slice - 1) / slice;
     ws.parallel(blocks * slices, [&](index_t task, scratch) {
       const index_t row = task / slices * token_block;
@@ -211,8 +204,8 @@ public:
                         .c = c.data(),
                         .bias = bias_.empty() ? nullptr : bias_.data() + column,
                         .residual = residual ? r.data() : nullptr,
-                        .act = act},
-                       column);
+                        .act = act,
+                        .column = column});
     });
   }
 
