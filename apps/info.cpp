@@ -42,8 +42,7 @@ void show_layers(const layer_list& layers, sparsity mode) {
       if (zeros.why)
         std::printf("%s", zeros.why);
       else
-        std::printf("sparse takes %.2f of the dense time%s", double{zeros.relative_time},
-                    zeros.few_rows ? ", more where rows are few as here" : "");
+        std::printf("sparse takes %.2f of the dense time", double{zeros.relative_time});
     }
     std::printf("\n");
   }

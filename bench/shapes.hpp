@@ -77,7 +77,8 @@ public:
 
   /// B without its zeros.
   tensor<std::byte> packed_sparse(const kernels::matrix_kernels& matrix) const {
-    const kernels::sparse_matrix b{shape_.taps, shape_.k, shape_.n, b_.data(), shape_.n, 1};
+    const kernels::sparse_matrix b{shape_.taps, shape_.k, shape_.n, b_.data(),
+                                   shape_.n,    1,        shape_.m};
     tensor<std::byte> packed(shape{matrix.sparse_bytes(b)});
     matrix.pack_sparse(b, packed.data());
     return packed;

@@ -2,19 +2,19 @@
 """A table of the benchmarks of products with pruned weights, and the costs by which layers are chosen.
 
     build/release/bench/microtome_bench --benchmark_filter='^sparse/.*real_time$' \\
-        --benchmark_enable_random_interleaving=true --benchmark_repetitions=3 --benchmark_out=products.json
+        --benchmark_enable_random_interleaving=true --benchmark_repetitions=9 --benchmark_out=products.json
     python3 bench/sparse_products.py products.json
 
-One row per layer: the dense product's time, and how many times as fast the sparse one is. The last rows add
-up what an image has of each. `--fit BLOCK` prints the costs for kernels/sparse.hpp's sparse_time; BLOCK is
-the kernel's tile_depth (128 with vectors of 8 floats). Needs NumPy for that.
+One row per layer: the dense product's time, and how many times as fast the sparse one is, each by its fastest
+repetition: what else runs on a machine only ever adds time. The last rows add up what an image has of each.
+`--fit 8,7:128,13:68` prints the costs for kernels/sparse.hpp's sparse_time, given a vector's floats and the
+tiles' vectors and depth. Needs NumPy for that.
 """
 
 import argparse
 import json
 import math
 import re
-import statistics
 
 COLUMNS = {"sparsity:0": "0 %", "sparsity:20": "20 %", "sparsity:50": "50 %", "2:4": "2:4",
            "sparsity:70": "70 %", "sparsity:80": "80 %", "sparsity:90": "90 %", "sparsity:95": "95 %"}  # fmt: skip
@@ -41,7 +41,7 @@ def read(path):
         layer, *shape, way = match.groups()
         ways = found.setdefault(layer, (tuple(map(int, shape)), {}))[1]
         ways.setdefault(way, []).append(run["real_time"] * {"ns": 1e-9, "us": 1e-6, "ms": 1e-3}[run["time_unit"]])
-    return {layer: (shape, {w: statistics.median(t) for w, t in ways.items()})
+    return {layer: (shape, {w: min(t) for w, t in ways.items()})
             for layer, (shape, ways) in found.items()}  # fmt: skip
 
 
@@ -56,29 +56,35 @@ def total(found, rows):
             for way in ("dense", *COLUMNS)}  # fmt: skip
 
 
-def fit(found, block):
-    """Least squares of what sparse_time says a row costs, relative to a dense multiply-add."""
+def fit(found, lanes, tiles):
+    """Least squares of what sparse_time says; each product is taken to run in the faster tile."""
     import numpy as np
 
-    unit = np.mean([ways["dense"] / math.prod(shape) for shape, ways in found.values()])
-    terms, times = [], []
+    unit = np.mean([ways["dense"] / math.prod(shape) for shape, ways in found.values()]) * lanes
+    products, times = [], []
     for layer, ((rows, columns, depth), ways) in found.items():
-        blocks = TAPS.get(layer, 1) * math.ceil(depth / TAPS.get(layer, 1) / block)
+        taps, vectors = TAPS.get(layer, 1), math.ceil(rows / lanes)
         for way in COLUMNS:
-            kept = 0.5 if way == "2:4" else 1 - int(way.split(":")[1]) / 100
-            terms.append([columns * depth * kept, columns * blocks, depth + columns])
-            times.append(ways[way] / rows / unit)
-    relative = np.array(terms) / np.array(times)[:, None]
-    costs = np.linalg.lstsq(relative, np.ones(len(times)), rcond=None)[0]
-    off = np.abs(relative @ costs - 1)
-    print("\n{:.2f} per element, {:.2f} per column and block, {:.2f} per row and column".format(*costs))
+            stored = columns * depth * (0.5 if way == "2:4" else 1 - int(way.split(":")[1]) / 100)
+            products.append([[vectors * stored, math.ceil(vectors / most) * stored,
+                              vectors * columns * taps * math.ceil(depth / taps / block),
+                              rows / lanes * (depth + columns)] for most, block in tiles])  # fmt: skip
+            times.append(ways[way] / unit)
+    terms, times = np.array(products), np.array(times)
+    costs = np.array([1.0, 2.0, 7.0, 1.4])
+    for _ in range(5):
+        faster = terms[range(len(times)), (terms @ costs).argmin(axis=1)] / times[:, None]
+        costs = np.linalg.lstsq(faster, np.ones(len(times)), rcond=None)[0]
+    off = np.abs(faster @ costs - 1)
+    print("\nIn a tile of v vectors {:.2f} v + {:.2f} per element, {:.2f} v per column and block, "
+          "{:.2f} v per row and column".format(*costs))  # fmt: skip
     print(f"off by {100 * off.mean():.0f} % in the mean, {100 * off.max():.0f} % at most")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", help="Google Benchmark's JSON, of one precision")
-    parser.add_argument("--fit", metavar="BLOCK", type=int, help="print the costs, too")
+    parser.add_argument("--fit", metavar="LANES,VECTORS:DEPTH,...", help="print the costs, too")
     options = parser.parse_args()
     found = read(options.results)
     print("| layer | dense, us | " + " | ".join(COLUMNS.values()) + " |")
@@ -88,7 +94,8 @@ def main():
     row("qkv, proj, fc1, fc2 of all blocks", "", total(found, BLOCKS))
     row("all layers of the encoder", "", total(found, BLOCKS | ROWS))
     if options.fit:
-        fit(found, options.fit)
+        lanes, *tiles = options.fit.split(",")
+        fit(found, int(lanes), [tuple(map(int, tile.split(":"))) for tile in tiles])
 
 
 if __name__ == "__main__":

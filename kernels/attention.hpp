@@ -167,7 +167,7 @@ inline void attention(const attention_args& args) {
   for_panels(columns, [&]<ptrdiff_t Vectors>(ptrdiff_t j) {
     constexpr ptrdiff_t width = Vectors * lanes;
     float* panel = keys + j * args.d_k;
-    transpose_rows<width, width>(std::min(width, args.n_k - j), args.d_k, args.k + j, 0, panel);
+    transpose_rows<width>(std::min(width, args.n_k - j), width, args.d_k, args.k + j, 0, panel);
     Inputs::finish_panel(args.d_k, width, panel);
   });
   for_panels(args.d_v, [&]<ptrdiff_t Vectors>(ptrdiff_t c) {

@@ -133,6 +133,7 @@ struct sparse_matrix {
   ptrdiff_t taps, k, n;
   const float* b;
   ptrdiff_t row_stride, column_stride;
+  ptrdiff_t rows = 96;  ///< of A in a product, about: others take longer, to the same result
 
   float at(ptrdiff_t i, ptrdiff_t j) const { return b[i * row_stride + j * column_stride]; }
 };
@@ -175,7 +176,7 @@ struct table {
   /// of fp32 at best.
   bool native_bf16;
   /// About what sparse_gemm takes of the time of gemm, where B has `stored` elements (its values
-  /// are not looked at) and rows are many.
+  /// are not looked at).
   float (*sparse_time)(precision, const sparse_matrix& b, ptrdiff_t stored);
   /// n_k rounded up to the vector width that attention works in.
   ptrdiff_t (*attention_columns)(ptrdiff_t n_k);

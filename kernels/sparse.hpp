@@ -6,10 +6,10 @@
 /// then a whole vector.
 ///
 /// Loop order, from the outside: tiles of rows, chunks of columns (their sums stay in L2), blocks
-/// of k (the tile), groups of columns, elements. An element costs one broadcast, one offset and
-/// tile_token_vectors FMAs, each with a load: bound by the FMA units where there are two loads to
-/// two FMAs, beside what it takes to transpose A and C (kernels of 4 x 4) and to keep the sums of a
-/// block.
+/// of k (the tile), groups of columns, elements. An element costs one broadcast, one offset and an
+/// FMA with a load for each of the tile's vectors: bound by the FMA units where there are two loads
+/// to two FMAs, beside what it takes to transpose A and C (kernels of 4 x 4) and to keep the sums
+/// of a block.
 #pragma once
 
 #include <algorithm>
@@ -25,41 +25,86 @@
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
-/// Rows of A side by side in a tile, in vectors. Two columns' sums over them take 12 registers, or
-/// 24 where vectors are of four floats and registers are 32.
-inline constexpr ptrdiff_t tile_token_vectors = lanes == 4 && tile_rows > 6 ? 12 : 6;
-inline constexpr ptrdiff_t tile_tokens = tile_token_vectors * lanes;
-/// Rows of a tile: it takes 24 of 32 KiB of L1, and offsets in it fit 16 bits.
-inline constexpr ptrdiff_t tile_depth = 24 * 1024 / 4 / tile_tokens;
+/// A tile of so many vectors of tokens, as deep as L1 allows. The more vectors share an element's
+/// broadcast the less it costs; the deeper the tile, the fewer are the blocks that each load and
+/// store the sums.
+template <ptrdiff_t Vectors>
+struct tile_shape {
+  static constexpr ptrdiff_t vectors = Vectors, tokens = Vectors * lanes;
+  /// Rows: it takes 28 of 32 KiB of L1, and offsets in it fit 16 bits.
+  static constexpr ptrdiff_t depth = 28 * 1024 / 4 / tokens / 4 * 4;
+  /// Columns whose sums take at most 192 KiB.
+  static constexpr ptrdiff_t chunk_columns = 192 * 1024 / 4 / tokens / column_slice * column_slice;
+};
+
+/// Registers that hold sums.
+inline constexpr ptrdiff_t most_sums = tile_rows > 6 ? 26 : 14;
+/// Two columns' sums at a time: 7 vectors of 16 registers, or 13 of 32 where they are of 4 floats.
+using deep_tile = tile_shape<lanes == 4 && most_sums == 26 ? 13 : 7>;
+/// One column's. 13 vectors of 8 floats hold two windows of 7 x 7; elsewhere the deep tile does or
+/// registers are too few.
+using wide_tile = tile_shape<lanes == 8 ? 13 : deep_tile::vectors>;
+
 /// Columns that are transposed back at a time, and among which a block may order them as it likes.
 inline constexpr ptrdiff_t strip_columns = column_slice;
-/// Strips whose sums take at most 128 KiB.
-inline constexpr ptrdiff_t chunk_columns =
-    128 * 1024 / 4 / tile_tokens / strip_columns * strip_columns;
 
 /// Columns that are packed side by side, with as many elements each: of those with fewer some are
 /// zeros.
 inline constexpr ptrdiff_t group_columns = 4;
 
+/// B's rows cut into `count` blocks of at most `depth` rows, none across taps.
+struct row_blocks {
+  ptrdiff_t depth, count;
+
+  row_blocks(const sparse_matrix& b, ptrdiff_t most) {
+    const ptrdiff_t pieces = (b.k + most - 1) / most;
+    depth = round_up((b.k + pieces - 1) / pieces, 2);  // pairs of bf16 stay together
+    count = b.taps * ((b.k + depth - 1) / depth);
+  }
+};
+
+inline ptrdiff_t stored_elements(const sparse_matrix& b) {
+  ptrdiff_t stored = 0;
+  for (ptrdiff_t i = 0; i < b.taps * b.k; ++i)
+    for (ptrdiff_t j = 0; j < b.n; ++j) stored += b.at(i, j) != 0.0f;
+  return stored;
+}
+
+/// What a product takes, about, beside transposing A and C, in the time of a dense multiply-add of
+/// a vector of fp32. See sparse_time.
+template <class Tile>
+inline float tile_time(const sparse_matrix& b, ptrdiff_t stored) {
+  const auto f = [](ptrdiff_t n) { return static_cast<float>(n); };
+  const ptrdiff_t vectors = (b.rows + lanes - 1) / lanes;
+  const ptrdiff_t tiles = (vectors + Tile::vectors - 1) / Tile::vectors;
+  const float sums = f(b.n * row_blocks(b, Tile::depth).count);
+  return f(vectors) * (f(stored) + 6.5f * sums) + 2.0f * f(tiles) * f(stored);
+}
+inline bool wide_is_faster(const sparse_matrix& b, ptrdiff_t stored) {
+  return tile_time<wide_tile>(b, stored) < tile_time<deep_tile>(b, stored);
+}
+
 /// What lies at the start of a packed B, and where the rest follows, in bytes from there.
 ///
-/// B's rows are cut into `blocks` of at most `depth` rows, none across taps. In each block, and
-/// within strips of strip_columns, columns are sorted by how many elements they have, and each
-/// group_columns of them make a group: they have nearly as many, and the CPU guesses when a loop
-/// over them ends. The c-th column of group g of block i is places[(i * groups + g) * group_columns
+/// B's rows are cut into `blocks` of at most `depth` rows. In each block, and within strips of
+/// strip_columns, columns are sorted by how many elements they have, and each group_columns of them
+/// make a group: they have nearly as many, and the CPU guesses when a loop over them ends. The c-th
+/// column of group g of block i is places[(i * groups + g) * group_columns
 /// + c] (columns after the last one are empty); its elements, `count` as in the whole group, lie
 /// from starts[i * groups + g] + c * count on.
 struct sparse_header {
+  ptrdiff_t wide;  ///< the tile: 1 a wide_tile, 0 a deep_tile
   ptrdiff_t blocks, depth, groups;
   ptrdiff_t places;   ///< std::uint16_t
   ptrdiff_t values;   ///< float: the elements
   ptrdiff_t offsets;  ///< std::uint16_t: where in the tile an element's row starts, in bytes
 
   explicit sparse_header(const sparse_matrix& b)
-      : groups(round_up(b.n, group_columns) / group_columns) {
-    const ptrdiff_t pieces = (b.k + tile_depth - 1) / tile_depth;
-    depth = round_up((b.k + pieces - 1) / pieces, 2);  // pairs of bf16 stay together
-    blocks = b.taps * ((b.k + depth - 1) / depth);
+      : wide(wide_is_faster(b, stored_elements(b))),
+        groups(round_up(b.n, group_columns) / group_columns) {
+    const row_blocks rows(b, wide ? wide_tile::depth : deep_tile::depth);
+    blocks = rows.count;
+    depth = rows.depth;
     places = static_cast<ptrdiff_t>(sizeof(*this)) + (blocks * groups + 1) * 4;
     values = round_up(places + blocks * groups * group_columns * 2, 64);
   }
@@ -160,6 +205,7 @@ template <class Inputs>
 inline void pack_sparse(const sparse_matrix& b, void* packed) {
   using factors = sparse_factors<Inputs>;
   auto* header = new (packed) sparse_header(b);
+  const ptrdiff_t tokens = header->wide ? wide_tile::tokens : deep_tile::tokens;
   auto* bytes = static_cast<std::byte*>(packed);
   auto* starts = reinterpret_cast<std::int32_t*>(header + 1);
   auto* places = reinterpret_cast<std::uint16_t*>(bytes + header->places);
@@ -187,14 +233,14 @@ inline void pack_sparse(const sparse_matrix& b, void* packed) {
                    const float x = b.at(first + row, columns[c]);
                    if (x == 0.0f) continue;
                    values[at] = factors::element(x);
-                   offsets[at++] = static_cast<std::uint16_t>(row * tile_tokens * 4);
+                   offsets[at++] = static_cast<std::uint16_t>(row * tokens * 4);
                  }
                }
              });
 }
 
-/// One block of k for a tile of Vectors * lanes tokens.
-template <class Inputs, ptrdiff_t Vectors>
+/// One block of k for Vectors * lanes tokens of a Tile. `Scaled` as Inputs::scaled.
+template <bool Scaled, class Tile, ptrdiff_t Vectors>
 class sparse_block {
 public:
   sparse_block(const gemm_args& args, const sparse_header& header, ptrdiff_t block,
@@ -209,7 +255,7 @@ public:
         first_(block == 0),
         last_(block + 1 == header.blocks) {}
 
-  /// Adds the block to the sums of B's columns `from` to `to`, tile_tokens floats each.
+  /// Adds the block to the sums of B's columns `from` to `to`, Tile::tokens floats each.
   void add(ptrdiff_t from, ptrdiff_t to, float* sums) const {
     for (ptrdiff_t g = from / group_columns; g * group_columns < to; ++g) {
       const ptrdiff_t start = starts_[g], count = (starts_[g + 1] - start) / group_columns;
@@ -222,7 +268,9 @@ public:
 private:
   /// Columns whose sums are in registers: enough of them for two FMAs in each of their cycles of
   /// latency.
-  static constexpr ptrdiff_t at_once = 2 * Vectors > tile_token_vectors ? 2 : group_columns;
+  static constexpr ptrdiff_t at_once = 4 * Vectors <= most_sums   ? 4
+                                       : 2 * Vectors <= most_sums ? 2
+                                                                  : 1;
 
   HWY_INLINE void add_columns(const std::uint16_t* places, ptrdiff_t start, ptrdiff_t count,
                               ptrdiff_t from, float* out) const {
@@ -231,8 +279,8 @@ private:
     float* at[at_once];
 #pragma GCC unroll 4
     for (ptrdiff_t c = 0; c < at_once; ++c) {
-      at[c] = out + (places[c] - from) * tile_tokens;
-      const vector first = hn::Set(tag, Inputs::scaled ? 0.0f : of_column(args_.bias, places[c]));
+      at[c] = out + (places[c] - from) * Tile::tokens;
+      const vector first = hn::Set(tag, Scaled ? 0.0f : of_column(args_.bias, places[c]));
 #pragma GCC unroll 16
       for (ptrdiff_t v = 0; v < Vectors; ++v)
         sums[c][v] = first_ ? first : hn::Load(tag, at[c] + v * lanes);
@@ -248,7 +296,7 @@ private:
       }
 #pragma GCC unroll 4
     for (ptrdiff_t c = 0; c < at_once; ++c) {
-      if (Inputs::scaled && last_) {
+      if (Scaled && last_) {
         const vector scale = hn::Set(tag, of_column(args_.scale, places[c]));
         const vector bias = hn::Set(tag, of_column(args_.bias, places[c]));
 #pragma GCC unroll 16
@@ -274,87 +322,102 @@ private:
   bool first_, last_;
 };
 
-/// Sums (columns, tile_tokens) become rows of C: residual, store, activation.
-inline void finish_sparse(const gemm_args& args, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t column,
-                          ptrdiff_t columns, const float* sums) {
+/// Calls f.template operator()<Vectors>() with `vectors` (1 to Vectors) at compile time.
+template <ptrdiff_t Vectors, class Function>
+HWY_INLINE void with_vectors(ptrdiff_t vectors, Function&& f) {
+  if constexpr (Vectors > 1) {
+    if (vectors < Vectors) return with_vectors<Vectors - 1>(vectors, static_cast<Function&&>(f));
+  }
+  f.template operator()<Vectors>();
+}
+
+/// Adds a block to the sums of the columns `from` to `to` over the first `vectors` of a Tile.
+template <bool Scaled, class Tile>
+HWY_NOINLINE void add_block(const gemm_args& args, ptrdiff_t block, const float* tile,
+                            ptrdiff_t vectors, ptrdiff_t from, ptrdiff_t to, float* sums) {
+  const auto& header = *static_cast<const sparse_header*>(args.b);
+  with_vectors<Tile::vectors>(vectors, [&]<ptrdiff_t Vectors>() {
+    sparse_block<Scaled, Tile, Vectors>(args, header, block, tile).add(from, to, sums);
+  });
+}
+
+/// Sums (columns, Tile::tokens) become rows of C: residual, store, activation.
+template <class Tile>
+HWY_NOINLINE void finish_sparse(const gemm_args& args, ptrdiff_t row, ptrdiff_t rows,
+                                ptrdiff_t column, ptrdiff_t columns, const float* sums) {
   float* const* c = args.c + row;
   const float* const* residual = args.residual ? args.residual + row : nullptr;
   with_activation(args.act, [&]<activation Act>() {
     for (ptrdiff_t strip = 0; strip < columns; strip += strip_columns) {
       const ptrdiff_t width = std::min(strip_columns, columns - strip), first = column + strip;
-      transpose_back<tile_tokens>(rows, width, sums + strip * tile_tokens, residual, first, c,
-                                  [&](ptrdiff_t j, ptrdiff_t n) {
-                                    if constexpr (Act != activation::none)
-                                      for (ptrdiff_t i = j; i < j + n; ++i)
-                                        map(width, c[i] + first, c[i] + first, apply_batch<Act>);
-                                  });
+      transpose_back<Tile::tokens>(rows, width, sums + strip * Tile::tokens, residual, first, c,
+                                   [&](ptrdiff_t j, ptrdiff_t n) {
+                                     if constexpr (Act != activation::none)
+                                       for (ptrdiff_t i = j; i < j + n; ++i)
+                                         map(width, c[i] + first, c[i] + first, apply_batch<Act>);
+                                   });
     }
   });
 }
 
-/// `rows` rows of A, at most Vectors * lanes.
-template <class Inputs, ptrdiff_t Vectors>
-inline void sparse_tile(const gemm_args& args, ptrdiff_t row, ptrdiff_t rows) {
-  constexpr ptrdiff_t width = Vectors * lanes;
-  alignas(64) float tile[tile_depth * tile_tokens];
-  alignas(64) float sums[chunk_columns * tile_tokens];
+/// `rows` rows of A, at most Tile::tokens.
+template <class Inputs, class Tile>
+inline void sparse_rows(const gemm_args& args, ptrdiff_t row, ptrdiff_t rows) {
+  alignas(64) float tile[Tile::depth * Tile::tokens];
+  alignas(64) float sums[Tile::chunk_columns * Tile::tokens];
   const auto& header = *static_cast<const sparse_header*>(args.b);
   const sparse_factors<Inputs> factors(args);
-  for (ptrdiff_t column = 0; column < args.n; column += chunk_columns) {
-    const ptrdiff_t columns = std::min(chunk_columns, args.n - column);
+  const ptrdiff_t vectors = (rows + lanes - 1) / lanes;
+  for (ptrdiff_t column = 0; column < args.n; column += Tile::chunk_columns) {
+    const ptrdiff_t columns = std::min(Tile::chunk_columns, args.n - column);
+    const ptrdiff_t from = args.column + column;
     ptrdiff_t block = 0;
     for (ptrdiff_t tap = 0; tap < args.taps; ++tap)
       for (ptrdiff_t k0 = 0; k0 < args.k; k0 += header.depth, ++block) {
         const ptrdiff_t depth = std::min(header.depth, args.k - k0);
-        transpose_rows<width, tile_tokens>(rows, depth, args.a + tap * args.m + row, k0, tile);
+        transpose_rows<Tile::tokens>(rows, vectors * lanes, depth, args.a + tap * args.m + row, k0,
+                                     tile);
         for (ptrdiff_t i = 0; factors.converts && i < depth; ++i)
-          for (ptrdiff_t v = 0; v < width; v += lanes) {
-            float* at = tile + i * tile_tokens + v;
+          for (ptrdiff_t v = 0; v < vectors; ++v) {
+            float* at = tile + i * Tile::tokens + v * lanes;
             hn::Store(factors.factor(at), float_tag(), at);
           }
-        sparse_block<Inputs, Vectors>(args, header, block, tile)
-            .add(args.column + column, args.column + column + columns, sums);
+        add_block<Inputs::scaled, Tile>(args, block, tile, vectors, from, from + columns, sums);
       }
-    finish_sparse(args, row, rows, column, columns, sums);
+    finish_sparse<Tile>(args, row, rows, column, columns, sums);
   }
-}
-
-/// Calls f.template operator()<Vectors>() with `vectors` (1 to tile_token_vectors) at compile time.
-template <ptrdiff_t Vectors = tile_token_vectors, class Function>
-HWY_INLINE void with_token_vectors(ptrdiff_t vectors, Function&& f) {
-  if constexpr (Vectors > 1) {
-    if (vectors < Vectors)
-      return with_token_vectors<Vectors - 1>(vectors, static_cast<Function&&>(f));
-  }
-  f.template operator()<Vectors>();
 }
 
 /// Rows are cut into as few tiles as there can be, of nearly equal numbers of vectors.
-template <class Inputs>
-inline void sparse_gemm(const gemm_args& args) {
+template <class Inputs, class Tile>
+inline void sparse_tiles(const gemm_args& args) {
   const ptrdiff_t vectors = (args.m + lanes - 1) / lanes;
-  const ptrdiff_t tiles = (vectors + tile_token_vectors - 1) / tile_token_vectors;
-  for (ptrdiff_t i = 0, done = 0; i < tiles; ++i) {
-    const ptrdiff_t end = vectors * (i + 1) / tiles, row = done * lanes;
-    with_token_vectors(end - done, [&]<ptrdiff_t Vectors>() {
-      sparse_tile<Inputs, Vectors>(args, row, std::min(Vectors * lanes, args.m - row));
-    });
-    done = end;
+  const ptrdiff_t tiles = (vectors + Tile::vectors - 1) / Tile::vectors;
+  for (ptrdiff_t i = 0, row = 0; i < tiles; ++i) {
+    const ptrdiff_t end = std::min(vectors * (i + 1) / tiles * lanes, args.m);
+    sparse_rows<Inputs, Tile>(args, row, end - row);
+    row = end;
   }
 }
 
-/// What a sparse product takes over a dense one of a block of rows, about. In the time of a dense
-/// multiply-add of fp32 a row costs
+template <class Inputs>
+inline void sparse_gemm(const gemm_args& args) {
+  const bool wide = static_cast<const sparse_header*>(args.b)->wide;
+  wide ? sparse_tiles<Inputs, wide_tile>(args) : sparse_tiles<Inputs, deep_tile>(args);
+}
+
+/// What a sparse product takes over a dense one, about. In the time of a dense multiply-add of a
+/// vector of fp32 a tile of v vectors costs
 ///
-///     1.3 per element + 5.3 per column and block + edge per row and column of B
+///     v + 2 per element + 6.5 v per column and block + edge v per row and column of B
 ///
-/// and the dense kernels `dense` per multiply-add. Least squares over the model's shapes at 0 to 95
-/// % zeros (Zen 3, one thread): 6 % off in the mean, 15 to 30 % at most. Where there are dot
-/// products of bf16 or of four bytes, `dense` is what their throughput promises.
+/// and the dense kernels `dense` per vector and multiply-add. Least squares over the encoder's
+/// shapes at 0 to 95 % zeros (Zen 3, one thread; bench/sparse_products.py): 4 % off in the mean.
+/// Where there are dot products of bf16 or of four bytes, `dense` is what their throughput
+/// promises.
 inline float sparse_time(precision factors, const sparse_matrix& b, ptrdiff_t stored) {
-  const sparse_header header(b);
   const bool converts = factors == precision::bf16 || factors == precision::int8;
-  const float edge = converts ? 7.0f : 4.0f;
+  const float edge = converts ? 5.5f : 2.5f;
   const float dense = factors == precision::bf16
                           ? (target::bf16 == bf16_dot::vdpbf16ps ? 0.55f : 1.38f)
                       : factors == precision::int8 ? (int8_inputs::step == 4   ? 0.3f
@@ -362,9 +425,9 @@ inline float sparse_time(precision factors, const sparse_matrix& b, ptrdiff_t st
                                                                                : 1.1f)
                                                    : 1.0f;
   const auto f = [](ptrdiff_t n) { return static_cast<float>(n); };
-  const float taken =
-      1.3f * f(stored) + 5.3f * f(b.n * header.blocks) + edge * f(b.taps * b.k + b.n);
-  return taken / (dense * f(b.taps * b.k * b.n));
+  const float vectors = f(b.rows) / f(lanes), depth = f(b.taps * b.k), n = f(b.n);
+  const float products = std::min(tile_time<deep_tile>(b, stored), tile_time<wide_tile>(b, stored));
+  return (products + edge * vectors * (depth + n)) / (dense * vectors * depth * n);
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

@@ -103,11 +103,11 @@ HWY_INLINE void transpose_tokens_back(Tag tag, ptrdiff_t j, ptrdiff_t d, const f
 }
 #endif
 
-/// The elements `first` to first + d - 1 of `rows` (at most Width) rows become columns:
-/// out[i * Stride + j] = row[j][first + i], zeros in what is left of Width columns.
-template <ptrdiff_t Width, ptrdiff_t Stride>
-HWY_INLINE void transpose_rows(ptrdiff_t rows, ptrdiff_t d, const float* const* row,
-                               ptrdiff_t first, float* out) {
+/// The elements `first` to first + d - 1 of `rows` rows become columns: out[i * Stride + j] =
+/// row[j][first + i], zeros in what is left of `width` columns.
+template <ptrdiff_t Stride>
+HWY_INLINE void transpose_rows(ptrdiff_t rows, ptrdiff_t width, ptrdiff_t d,
+                               const float* const* row, ptrdiff_t first, float* out) {
   ptrdiff_t j = 0;
 #if HWY_TARGET != HWY_SCALAR
   for (; j + lanes <= rows; j += lanes)
@@ -115,7 +115,7 @@ HWY_INLINE void transpose_rows(ptrdiff_t rows, ptrdiff_t d, const float* const* 
   for (; j + 4 <= rows; j += 4)
     transpose_tokens<Stride>(hn::FixedTag<float, 4>(), j, d, row, first, out);
 #endif
-  for (; j < Width; ++j)
+  for (; j < width; ++j)
     for (ptrdiff_t i = 0; i < d; ++i) out[i * Stride + j] = j < rows ? row[j][first + i] : 0.0f;
 }
 

@@ -37,7 +37,7 @@ struct layer_weight {
   bool folded = false;     ///< multiplied into others at load: may be stored in 8 bits, no more
   quantization input{};    ///< for int8
   bool simulated = false;  ///< int8 in floating point, with the same results: see simulated_weight
-  bool few_rows = false;   ///< multiplies tokens of prompts, not pixels
+  index_t rows = 96;       ///< about as many it multiplies at a time
   bool sparse = false;     ///< multiplied without its zeros, with the same results
   input_observer* observer = nullptr;
 
@@ -62,19 +62,17 @@ struct layer_weight {
 /// How many of a layer's weights are zeros, and what it would take to skip them.
 struct layer_sparsity {
   index_t zeros = 0;
-  float relative_time = 0;  ///< about, of the time that the dense product takes
-  bool few_rows = false;
+  float relative_time = 0;    ///< about, of the time that the dense product takes
   const char* why = nullptr;  ///< where it cannot be: why
   explicit layer_sparsity(const layer_weight& layer) {
     const tensor<float>& w = layer.values;
     zeros = std::count(w.begin(), w.end(), 0.0f);
-    few_rows = layer.few_rows;
     if (w.extents().rank() == 4 && w.extent(1) == 1) {
       why = "one input channel";
       return;
     }
     const index_t in = w.extent(1 - layer.out_axis), taps = w.size() / (in * layer.out());
-    const kernels::sparse_matrix shape{taps, in, layer.out(), nullptr, 0, 0};
+    const kernels::sparse_matrix shape{taps, in, layer.out(), nullptr, 0, 0, layer.rows};
     relative_time = kernels::active().sparse_time(layer.inputs, shape, w.size() - zeros);
     if (layer.folded || layer.simulated) why = "never multiplied as it is";
     if (layer.inputs == precision::bf16 && in % 2 != 0 && taps > 1) why = "pairs across taps";
@@ -84,13 +82,11 @@ struct layer_sparsity {
 
   bool pays(sparsity mode) const {
     if (why || zeros == 0 || mode == sparsity::off) return false;
-    return mode == sparsity::on || relative_time < (few_rows ? few_rows_limit : limit);
+    return mode == sparsity::on || relative_time < limit;
   }
 
 private:
-  static constexpr float limit = 0.9f;  // what sparse_time is off by in most cases
-  // Few rows leave vectors of tokens half empty, and share an element's broadcast among fewer.
-  static constexpr float few_rows_limit = 0.45f;
+  static constexpr float limit = 0.9f;           // what sparse_time is off by in most cases
   static constexpr index_t max_columns = 32768;  // sparse kernels count them in 16 bits
 
   static bool sums_fit(const layer_weight& layer) {
@@ -125,12 +121,14 @@ public:
   /// The same weights for layers that stay in fp32.
   weights kept() const { return weights(*file_, precision::fp32, nullptr, zeros_); }
 
-  /// The same weights for layers that multiply the few tokens of prompts.
-  weights of_tokens() const {
+  /// The same weights for layers that multiply about so many rows at a time.
+  weights of_rows(index_t n) const {
     weights same = *this;
-    same.few_rows_ = true;
+    same.rows_ = n;
     return same;
   }
+  /// Those that multiply the tokens of a prompt: a box's two corners and five of the decoder.
+  weights of_tokens() const { return of_rows(7); }
 
   /// A tensor that no product takes, in fp32. See safetensors::read.
   tensor<float> read(const std::string& name, shape expected) const {
@@ -155,7 +153,7 @@ private:
     layer.inputs = inputs_;
     layer.out_axis = out_axis;
     layer.folded = folded;
-    layer.few_rows = few_rows_;
+    layer.rows = rows_;
     if (file_->contains(stored + "_scale")) {
       layer.inputs =
           file_->contains(name + ".input_scale") ? precision::int8 : precision::int8_weights;
@@ -189,7 +187,7 @@ private:
   precision inputs_;
   layer_hook* hook_;
   sparsity zeros_;
-  bool few_rows_ = false;
+  index_t rows_ = layer_weight().rows;
 };
 
 }  // namespace microtome

@@ -133,7 +133,7 @@ TEST_CASE("a layer is sparse where that is faster, and says why not") {
   CHECK(prune(1).pays(sparsity::on));
   CHECK(prune(6).pays(sparsity::automatic));
   CHECK(prune(9).pays(sparsity::automatic));
-  layer.few_rows = true;
+  layer.rows = 7;
   CHECK_FALSE(prune(6).pays(sparsity::automatic));
   CHECK(prune(6).pays(sparsity::on));
   CHECK(prune(9).pays(sparsity::automatic));

@@ -102,7 +102,7 @@ public:
     if (depth_ > kernels::max_gemm_depth)
       fail(layer.name, ": a layer of ", depth_, " inputs, at most ", kernels::max_gemm_depth,
            " are possible");
-    const kernels::sparse_matrix pruned{taps, k, n, b, row_stride, column_stride};
+    const kernels::sparse_matrix pruned{taps, k, n, b, row_stride, column_stride, layer.rows};
     packed_ = tensor<std::byte>(
         shape{sparse_ ? matrix().sparse_bytes(pruned) : matrix().packed_bytes(depth_, n)});
     if (sparse_)

@@ -16,11 +16,11 @@ public:
   /// Reads `<name>.norm`, `<name>.fc1` and `<name>.fc2`.
   mlp(const weights& file, const std::string& name, index_t dim, index_t hidden)
       : norm_(file, name + ".norm", dim),
-        fc1_(file, name + ".fc1", dim, hidden),
-        fc2_(file, name + ".fc2", hidden, dim) {}
+        fc1_(file.of_rows(block_rows(max_rows, hidden)), name + ".fc1", dim, hidden),
+        fc2_(file.of_rows(block_rows(max_rows, hidden)), name + ".fc2", hidden, dim) {}
 
   std::size_t scratch_bytes(index_t count) const {
-    const index_t most = (count + blocks(count) - 1) / blocks(count);
+    const index_t most = block_rows(count, fc1_.out());
     return scratch::bytes_of<float>(most * fc1_.in()) + scratch::bytes_of<float>(most * fc1_.out());
   }
 
@@ -30,7 +30,7 @@ public:
             bool shortcut = true) const {
     const index_t dim = fc1_.in();
     const index_t hidden = fc1_.out();
-    const index_t n = blocks(count), most = (count + n - 1) / n;
+    const index_t n = blocks(count, hidden), most = block_rows(count, hidden);
     float* normed = memory.take<float>(most * dim);
     float* expanded = memory.take<float>(most * hidden);
     for (index_t block = 0; block < n; ++block) {
@@ -46,10 +46,15 @@ public:
 
 private:
   /// Blocks of nearly equal size whose hidden rows take at most 336 KiB each.
-  index_t blocks(index_t count) const {
-    const index_t fit = 336 * 1024 / static_cast<index_t>(sizeof(float)) / fc1_.out();
+  static index_t blocks(index_t count, index_t hidden) {
+    const index_t fit = 336 * 1024 / static_cast<index_t>(sizeof(float)) / hidden;
     const index_t most = std::clamp<index_t>(fit, 1, max_rows);
     return (count + most - 1) / most;
+  }
+  /// Rows of the largest.
+  static index_t block_rows(index_t count, index_t hidden) {
+    const index_t n = blocks(count, hidden);
+    return (count + n - 1) / n;
   }
 
   layer_norm norm_;
