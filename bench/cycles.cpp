@@ -32,6 +32,20 @@ void cycles_gemm_int8(ptrdiff_t steps, const int8_inputs::a_element* const* a,
   tile<int8_inputs>(steps, a, panel, out);
 }
 
+extern const ptrdiff_t cycles_sparse_products, cycles_sparse_wide_products;
+const ptrdiff_t cycles_sparse_products = deep_tile::vectors;
+const ptrdiff_t cycles_sparse_wide_products = wide_tile::vectors;
+
+HWY_FLATTEN void cycles_sparse(const gemm_args* args, const sparse_header* b, const float* in,
+                               float* sums) {
+  sparse_block<false, deep_tile, deep_tile::vectors>(*args, *b, 0, in).add(0, b->groups, sums);
+}
+
+HWY_FLATTEN void cycles_sparse_wide(const gemm_args* args, const sparse_header* b, const float* in,
+                                    float* sums) {
+  sparse_block<false, wide_tile, wide_tile::vectors>(*args, *b, 0, in).add(0, b->groups, sums);
+}
+
 void cycles_depthwise(const depthwise_args* args, ptrdiff_t end) {
   for (ptrdiff_t c = 0; c < end; c += lanes)
     depthwise_inside<pixels_at_once, 1>(*args, float_tag{}, 1, c);

@@ -29,9 +29,10 @@ CPUS = [
 
 # What multiplies and adds.
 PRODUCTS = r"\b(vfmadd\w+ps|fmla|vdpbf16ps|vpdpbusd|vpmaddwd|sdot|usdot|bfmlal[bt])\b"
-# Multiply-adds of four pixels, or of one vector, however often the compiler unrolls.
+# Multiply-adds of four pixels, or of one vector, however often the compiler unrolls. (Those of products
+# depend on the target: see cycles_products.)
 ONCE = {"depthwise": 40, "gelu": 10, "exp": 7}
-FUNCTIONS = ["gemm", "gemm_bf16", "gemm_int8", "depthwise", "gelu", "exp"]
+FUNCTIONS = ["gemm", "gemm_bf16", "gemm_int8", "sparse", "sparse_wide", "depthwise", "gelu", "exp"]
 
 
 def compile_to_assembly(arguments, triple, flags, out):
@@ -86,19 +87,16 @@ def main():
     for name, triple, flags, cpu in CPUS:
         with tempfile.TemporaryDirectory() as folder:
             assembly = compile_to_assembly(arguments, triple, flags, pathlib.Path(folder) / "loop.s")
-        products = int(re.search(r"cycles_products:\s+\.(?:quad|xword)\s+(\d+)", assembly).group(1))
+        products = {function: int(count) for function, count in
+                    re.findall(r"cycles_(\w*)products:\s+\.(?:quad|xword)\s+(\d+)", assembly)}  # fmt: skip
         for function in FUNCTIONS:
             loop = hot_loop(body(assembly, function))
             if arguments.show == f"{name}:{function}":
                 print("\n".join(loop))
             count = len(re.findall(PRODUCTS, "\n".join(loop)))
             cycles = measure(arguments, triple, cpu, loop)
-            if function.startswith("gemm"):
-                steps = round(count / products) or 1
-                cells[function].append(f"{products} in {cycles / steps:.1f}")
-            else:
-                times = count / ONCE[function]
-                cells[function].append(f"{ONCE[function]} in {cycles / times:.1f}")
+            once = ONCE.get(function) or products.get(f"{function}_") or products[""]
+            cells[function].append(f"{once} in {cycles * once / count:.1f}")
     for function, row in cells.items():
         print(f"| {function} | " + " | ".join(row) + " |")
 
