@@ -5,7 +5,9 @@ turns with the dense model, and compares its masks with held-out generated scene
     python3 bench/sparsity.py -o sparsity.json [-m assets/lite_medsam_demo.safetensors] [--plot FILE.png]
     python3 bench/sparsity.py --from sparsity.json --plot FILE.png
 
-Prints a table. Nothing is trained again after pruning. Needs matplotlib for the plot.
+Prints a table. Nothing is trained again after pruning but what is given so: `--trained "50 %=FILE" "2:4=FILE"`,
+model files whose weights were trained on with their zeros held (converters/demo/train.py --hold-zeros). Needs
+matplotlib for the plot.
 """
 
 import argparse
@@ -29,6 +31,7 @@ WAYS = {  # how it is pruned: options of convert.py
     "80 % of each layer": ["--prune", "0.8", "--prune-layerwise"],
     "90 %": ["--prune", "0.9"],
 }
+TRAINED = ", trained on"
 
 
 def measure(options, folder):
@@ -39,7 +42,10 @@ def measure(options, folder):
         models[way] = folder / f"{len(models)}.safetensors"
         subprocess.run([sys.executable, ROOT / "converters/convert.py", options.model, "-o", models[way],
                         "--storage", "fp16", *arguments], check=True)  # fmt: skip
-    times = {way: {"encoder": [], "box": []} for way in WAYS}
+    for given in options.trained:
+        way, file = given.split("=", 1)
+        models[f"{way}{TRAINED}"] = pathlib.Path(file)
+    times = {way: {"encoder": [], "box": []} for way in models}
     for _ in range(options.rounds):
         for way, model in models.items():
             answer = subprocess.run([options.program, "bench", "-m", model, "--json", "--runs", "3",
@@ -51,7 +57,7 @@ def measure(options, folder):
     evaluate.write_scenes(folder / "cases", options.cases)
     found = {}
     for way, model in models.items():
-        segs = folder / "segs" / model.stem
+        segs = folder / "segs" / way
         evaluate.run(options.program, "segment", "-m", model, "-i", folder / "cases", "-o", segs)
         rows = evaluate.rows_of(options.program, segs, folder / "cases", folder / "metrics.csv")
         found[way] = times[way] | {
@@ -81,20 +87,26 @@ def plot(found, path):
     curve = {w: int(w.split()[0]) for w in found if w.endswith(" %")} | {"dense": 0}
     ways = sorted(curve, key=curve.get)
     others = {"2:4": 50, "80 % of each layer": 80}
+    trained = {w: {**curve, **others}[w.removesuffix(TRAINED)] for w in found if w.endswith(TRAINED)}
     dense = statistics.median(found["dense"]["encoder"])
     figure, speed = plt.subplots(figsize=(7, 4))
     dice = speed.twinx()
-    for axis, value, color, label in (
-        (speed, lambda w: dense / statistics.median(found[w]["encoder"]), "#2a7f62", "encoder's speed-up"),
-        (dice, lambda w: found[w]["dice"], "#b02a4f", "Dice, not trained again"),
+    for axis, value, color, label, top in (
+        (speed, lambda w: dense / statistics.median(found[w]["encoder"]), "#2a7f62", "encoder's speed-up", 2.5),
+        (dice, lambda w: found[w]["dice"], "#b02a4f", "Dice", 1),
     ):
         axis.plot([curve[w] for w in ways], [value(w) for w in ways], "o-", color=color)
         for way, at in others.items():
             axis.plot(at, value(way), "^", color=color)
             axis.annotate(way, (at, value(way)), fontsize=8, ha="right", textcoords="offset points",
                           xytext=(-7, 3))
+        if axis is dice:
+            for i, (way, at) in enumerate(trained.items()):
+                axis.plot(at, value(way), "*", color=color, markersize=9)
+                axis.annotate(way, (at, value(way)), fontsize=8, textcoords="offset points",
+                              xytext=(7, 5 + 10 * i))  # fmt: skip
         axis.set_ylabel(label, color=color)
-        axis.set_ylim(0)
+        axis.set_ylim(0, top)
     speed.set_xlabel("weights that are zero, %")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -106,6 +118,8 @@ def main():
     parser.add_argument("-o", "--output", help="JSON file for what was measured")
     parser.add_argument("--from", dest="source", help="JSON file of an earlier run, to show again")
     parser.add_argument("--plot", help="PNG or SVG file")
+    parser.add_argument("--trained", nargs="+", metavar="WAY=FILE", default=[],
+                        help="pruned so and trained on, measured too")
     parser.add_argument("--program", default=str(ROOT / "build/release/microtome"))
     parser.add_argument("--threads", type=int, default=0, help="0: every CPU")
     parser.add_argument("--rounds", type=int, default=4, help="turns of three runs each (%(default)s)")

@@ -89,9 +89,9 @@ inline bool wide_is_faster(const sparse_matrix& b, ptrdiff_t stored) {
 /// B's rows are cut into `blocks` of at most `depth` rows. In each block, and within strips of
 /// strip_columns, columns are sorted by how many elements they have, and each group_columns of them
 /// make a group: they have nearly as many, and the CPU guesses when a loop over them ends. The c-th
-/// column of group g of block i is places[(i * groups + g) * group_columns
-/// + c] (columns after the last one are empty); its elements, `count` as in the whole group, lie
-/// from starts[i * groups + g] + c * count on.
+/// column of the q-th group of all blocks, which is i * groups + g, is places[q * group_columns +
+/// c] (columns after the last one are empty); its elements, `count` as in the whole group, lie from
+/// starts[q] + c * count on.
 struct sparse_header {
   ptrdiff_t wide;  ///< the tile: 1 a wide_tile, 0 a deep_tile
   ptrdiff_t blocks, depth, groups;
