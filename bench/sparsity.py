@@ -61,7 +61,7 @@ def measure(options, folder):
         evaluate.run(options.program, "segment", "-m", model, "-i", folder / "cases", "-o", segs)
         rows = evaluate.rows_of(options.program, segs, folder / "cases", folder / "metrics.csv")
         found[way] = times[way] | {
-            "dice": statistics.mean(r["dice"] for r in rows),
+            "dice": float(evaluate.mean(rows)),
             "megabytes": model.stat().st_size / 1e6,
         }
     return found
