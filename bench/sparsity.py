@@ -104,7 +104,7 @@ def plot(found, path):
             for i, (way, at) in enumerate(trained.items()):
                 axis.plot(at, value(way), "*", color=color, markersize=9)
                 axis.annotate(way, (at, value(way)), fontsize=8, textcoords="offset points",
-                              xytext=(7, 5 + 10 * i))  # fmt: skip
+                              xytext=(7, 5 + 18 * i))  # fmt: skip
         axis.set_ylabel(label, color=color)
         axis.set_ylim(0, top)
     speed.set_xlabel("weights that are zero, %")
