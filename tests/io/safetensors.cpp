@@ -123,6 +123,14 @@ TEST_CASE("compressed weights are expanded, and what does not fit is refused") {
   file_builder lost = file_with({0b110, 0b10}, 3);
   lost.header.erase("w_values");
   CHECK(mentions(error_with(lost), {"'w_values'", "missing"}));
+  file_builder nested = file_with({0b110, 0b10}, 3);  // values are not compressed once more
+  const std::size_t end = nested.data.size();
+  nested.data.push_back(std::byte{0b111});
+  nested.header["w_values_mask"] = {
+      {"dtype", "U8"}, {"shape", {1}}, {"data_offsets", {end, end + 1}}};
+  nested.header["w_values_values"] = nested.header["w_values"];
+  nested.header.erase("w_values");
+  CHECK(mentions(error_with(nested), {"'w_values'", "missing"}));
 }
 
 TEST_CASE("a file cut off anywhere is refused") {
