@@ -133,7 +133,7 @@ struct sparse_matrix {
   ptrdiff_t taps, k, n;
   const float* b;
   ptrdiff_t row_stride, column_stride;
-  ptrdiff_t rows = 96;  ///< of A in a product, about: others take longer, to the same result
+  ptrdiff_t rows;  ///< of A in a product, about: others take longer, to the same result
 
   float at(ptrdiff_t i, ptrdiff_t j) const { return b[i * row_stride + j * column_stride]; }
 };

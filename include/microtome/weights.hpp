@@ -13,6 +13,10 @@ namespace microtome {
 using kernels::precision;
 using kernels::quantization;
 
+/// Tokens that one task of a token-wise layer takes. Large enough to use packed weights many times,
+/// small enough that a task's intermediate rows stay in a core's L2 cache.
+inline constexpr index_t token_block = 96;
+
 /// Which layers multiply without the zeros of their weights.
 enum class sparsity {
   automatic,  ///< those that are faster so, by kernels::table::sparse_time
@@ -37,8 +41,8 @@ struct layer_weight {
   bool folded = false;     ///< multiplied into others at load: may be stored in 8 bits, no more
   quantization input{};    ///< for int8
   bool simulated = false;  ///< int8 in floating point, with the same results: see simulated_weight
-  index_t rows = 96;       ///< about as many it multiplies at a time
-  bool sparse = false;     ///< multiplied without its zeros, with the same results
+  index_t rows = token_block;  ///< about as many it multiplies at a time
+  bool sparse = false;         ///< multiplied without its zeros, with the same results
   input_observer* observer = nullptr;
 
   index_t out() const { return values.extent(out_axis); }
@@ -187,7 +191,7 @@ private:
   precision inputs_;
   layer_hook* hook_;
   sparsity zeros_;
-  index_t rows_ = layer_weight().rows;
+  index_t rows_ = token_block;
 };
 
 }  // namespace microtome

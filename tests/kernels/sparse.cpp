@@ -34,18 +34,20 @@ tensor<float> pruned_matrix(const sparse_case& s) {
   return b;
 }
 
-enum class kernel { dense, sparse, reference };
+/// Sparse products for many rows and for few take different tiles.
+enum class kernel { dense, sparse_many, sparse_few, reference };
 
 /// A * B, or its columns from `column` on.
 tensor<float> multiply(const sparse_case& s, const tensor<float>& b, kernel which,
                        index_t column = 0) {
-  const bool sparse = which == kernel::sparse;
+  const bool sparse = which == kernel::sparse_many || which == kernel::sparse_few;
+  const index_t rows = which == kernel::sparse_few ? 1 : 96;
   const tensor<float> a = random_tensor({s.taps * s.m, s.k + 3}, 1), bias = random_tensor({s.n}, 3);
   const tensor<float> residual = random_tensor({s.m, s.n + 5}, 4);
   tensor<float> scale = random_tensor({s.n}, 5, 1e-2f), c(shape{s.m, s.n + 5});
   const kernels::matrix_kernels& matrix = kernels::active().matrix(s.inputs);
   const index_t depth = s.taps * s.k;
-  const kernels::sparse_matrix pruned{s.taps, s.k, s.n, b.data(), s.n, 1};
+  const kernels::sparse_matrix pruned{s.taps, s.k, s.n, b.data(), s.n, 1, rows};
   tensor<std::byte> packed(
       shape{sparse ? matrix.sparse_bytes(pruned) : matrix.packed_bytes(depth, s.n)});
   if (sparse)
@@ -91,7 +93,7 @@ void check_sparse(const sparse_case& s) {
   CAPTURE(static_cast<int>(s.inputs));
   const tensor<float> b = pruned_matrix(s);
   const tensor<float> dense = multiply(s, b, kernel::dense);
-  for (const kernel which : {kernel::sparse, kernel::dense}) {
+  for (const kernel which : {kernel::sparse_many, kernel::sparse_few, kernel::dense}) {
     const tensor<float> part = multiply(s, b, which, s.column);
     bool equal = true;
     for (index_t i = 0; i < s.m; ++i)
@@ -145,7 +147,7 @@ TEST_CASE("sparse gemm gives the same bits for a row wherever it stands") {
   const sparse_case s{m, n, k};
   const tensor<float> a = random_tensor({m, k}, 1), b = pruned_matrix(s);
   const kernels::matrix_kernels& matrix = kernels::active().matrix(precision::fp32);
-  const kernels::sparse_matrix pruned{1, k, n, b.data(), n, 1};
+  const kernels::sparse_matrix pruned{1, k, n, b.data(), n, 1, m};
   tensor<std::byte> packed(shape{matrix.sparse_bytes(pruned)});
   matrix.pack_sparse(pruned, packed.data());
   const auto run = [&](index_t first, index_t count, tensor<float>& c) {

@@ -13,10 +13,6 @@ namespace microtome {
 
 using kernels::activation;
 
-/// Tokens that one task of a token-wise layer takes. Large enough to use packed weights many times,
-/// small enough that a task's intermediate rows stay in a core's L2 cache.
-inline constexpr index_t token_block = 96;
-
 /// How many blocks of `token_block` cover n tokens.
 constexpr index_t block_count(index_t n) {
   return (n + token_block - 1) / token_block;
