@@ -7,6 +7,7 @@
 #include <map>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <microtome/lite_medsam.hpp>
@@ -104,8 +105,9 @@ inline void check_box_count(std::size_t count) {
 }
 
 /// Draws a mask over `labels` (H, W) at full resolution, rows shared out over the threads.
-inline void draw_mask(int threads, const float* logits, const fitted_image& fit,
-                      std::uint16_t label, view<std::uint16_t> labels) {
+template <class Label>
+void draw_mask(int threads, const float* logits, const fitted_image& fit, Label label,
+               std::type_identity_t<view<Label>> labels) {
   constexpr index_t rows = 64;
   const view<const float> mask(logits, {fit.side, fit.side});
   parallel_for(threads, (fit.height + rows - 1) / rows, [&](index_t task, int) {
@@ -152,6 +154,11 @@ inline label_map segment(session& s, view<const std::uint8_t> image,
 /// widened by 3 on each side, or with the original box where that mask is empty (LiteMedSAM's own
 /// way).
 ///
+/// For that bounding box LiteMedSAM's script draws the mask with the object's number, which counts
+/// from 1, in 8 bits, and shrinks it by area interpolation to whole numbers. Object n therefore
+/// keeps each pixel that it covers by more than 1 / (2 n), and of object 256, whose number wraps to
+/// 0, nothing is left: all its slices are prompted with the original box.
+///
 /// Slices are swept upwards once and downwards once for all objects together: a slice is encoded
 /// once and its prompts are decoded as a batch, where the original encodes it once per object.
 class volume_segmenter {
@@ -163,7 +170,8 @@ public:
         volume_(volume),
         fit_(fitted_image::of(volume.extent(1), volume.extent(2), s.model().config.image_size)),
         input_(shape{fit_.side * fit_.side, 3}),
-        labels_(volume.extents()) {
+        labels_(volume.extents()),
+        mask_(shape{fit_.height, fit_.width, 1}) {
     detail::check_box_count(boxes.size());
     for (std::size_t i = 0; i < boxes.size(); ++i) add_object(boxes[i], i);
   }
@@ -191,6 +199,9 @@ private:
     std::uint16_t label;
     box previous;      ///< prompt that the slice before gave
     box after_middle;  ///< prompt that the middle slice gave, for the way down
+
+    /// The number that its mask is drawn with for the prompt of the next slice.
+    std::uint8_t drawn() const { return static_cast<std::uint8_t>(label); }
   };
 
   void add_object(const voxel_box& b, std::size_t i) {
@@ -249,18 +260,17 @@ private:
 
   /// The object's mask at full resolution into mask_, and over the slice where no later object is.
   void draw(const float* logits, const object& o, view<std::uint16_t> slice) {
-    if (mask_.empty()) mask_ = label_map(shape{fit_.height, fit_.width});
-    std::fill(mask_.begin(), mask_.end(), std::uint16_t{0});
-    detail::draw_mask(session_.threads(), logits, fit_, 1, mask_);
+    std::fill(mask_.begin(), mask_.end(), std::uint8_t{0});
+    detail::draw_mask(session_.threads(), logits, fit_, std::max(o.drawn(), std::uint8_t{1}),
+                      mask_);
     for (index_t i = 0; i < mask_.size(); ++i)
       if (mask_[i]) slice[i] = std::max(slice[i], o.label);
   }
 
   /// Bounding box of mask_ in the model's input, widened by 3; the original box where it is empty.
   box next_prompt(const object& o) const {
-    tensor<std::uint8_t> mask(shape{fit_.height, fit_.width, 1});
-    std::copy(mask_.begin(), mask_.end(), mask.begin());
-    const tensor<std::uint8_t> small = resize_area(mask, fit_.scaled_height, fit_.scaled_width);
+    if (o.drawn() == 0) return o.prompt;
+    const tensor<std::uint8_t> small = resize_area(mask_, fit_.scaled_height, fit_.scaled_width);
     index_t x0 = fit_.side, y0 = fit_.side, x1 = -1, y1 = -1;
     for (index_t y = 0; y < fit_.scaled_height; ++y)
       for (index_t x = 0; x < fit_.scaled_width; ++x)
@@ -286,7 +296,7 @@ private:
   fitted_image fit_;
   tensor<float> input_;
   label_map labels_;
-  label_map mask_;
+  tensor<std::uint8_t> mask_;  ///< of one object at full resolution, (H, W, 1)
   std::vector<object> objects_;
   std::vector<object*> active_;
   std::vector<box> prompts_;

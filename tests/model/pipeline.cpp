@@ -17,21 +17,22 @@ tensor<std::uint8_t> random_pixels(shape extents, unsigned seed) {
 }
 
 /// LiteMedSAM's own order of work: one object after the other, one slice after the other, from the
-/// middle up, then from the middle down.
+/// middle up, then from the middle down, masks drawn with the object's number in 8 bits.
 label_map one_by_one(const tensor<std::uint8_t>& volume, std::span<const voxel_box> boxes) {
   session s(tiny_model());
   const index_t side = tiny_model().config.image_size;
   const index_t depth = volume.extent(0), height = volume.extent(1), width = volume.extent(2);
   label_map labels(volume.extents());
   tensor<float> input(shape{side * side, 3});
-  const auto mask_of = [&](index_t z, const box& prompt) {
+  const auto mask_of = [&](index_t z, const box& prompt, std::size_t number) {
     const fitted_image fit = preprocess({volume.row(z), {height, width, 1}}, side, input);
     s.encode(input);
     const decoded_masks masks = s.decode(std::span(&prompt, 1));
     tensor<std::uint8_t> mask(shape{height, width, 1});
     resize_bilinear({masks.low_res_masks.data(), {side, side}}, fit.scaled_height, fit.scaled_width,
-                    height, width, 0, height,
-                    [&](index_t y, index_t x, float v) { mask[y * width + x] = v > 0; });
+                    height, width, 0, height, [&](index_t y, index_t x, float v) {
+                      if (v > 0) mask[y * width + x] = static_cast<std::uint8_t>(number);
+                    });
     return mask;
   };
   const fitted_image fit = fitted_image::of(height, width, side);
@@ -55,14 +56,14 @@ label_map one_by_one(const tensor<std::uint8_t>& volume, std::span<const voxel_b
     const index_t last = std::min(b.z1, depth - 1), middle = (b.z0 + b.z1) / 2;
     label_map mine(volume.extents());
     const auto keep = [&](index_t z, const tensor<std::uint8_t>& mask) {
-      for (index_t p = 0; p < mask.size(); ++p) mine.row(z)[p] = mask[p];
+      std::copy(mask.begin(), mask.end(), mine.row(z));
       return next(mask, original);
     };
-    const box after_middle = keep(middle, mask_of(middle, original));
+    const box after_middle = keep(middle, mask_of(middle, original, i + 1));
     box prompt = after_middle;
-    for (index_t z = middle + 1; z <= last; ++z) prompt = keep(z, mask_of(z, prompt));
+    for (index_t z = middle + 1; z <= last; ++z) prompt = keep(z, mask_of(z, prompt, i + 1));
     prompt = after_middle;
-    for (index_t z = middle - 1; z >= b.z0; --z) prompt = keep(z, mask_of(z, prompt));
+    for (index_t z = middle - 1; z >= b.z0; --z) prompt = keep(z, mask_of(z, prompt, i + 1));
     for (index_t p = 0; p < labels.size(); ++p)
       if (mine[p]) labels[p] = static_cast<std::uint16_t>(i + 1);
   }
@@ -92,6 +93,28 @@ TEST_CASE("a volume's objects together give what they give one by one") {
   std::vector<int> seen(6);
   for (const std::uint16_t label : labels) ++seen[label];
   CHECK(std::count_if(seen.begin(), seen.end(), [](int n) { return n > 0; }) >= 3);
+}
+
+TEST_CASE("objects of a volume with numbers of more than 8 bits") {
+  const tensor<std::uint8_t> volume = random_pixels({3, 71, 60}, 4);
+  // Of 257 objects the last two are drawn, as numbers in 8 bits, with 0 and 1.
+  std::vector<voxel_box> boxes(255, {0, 0, 1, 3, 3, 1});
+  boxes.push_back({5, 20, 0, 40, 65, 2});
+  boxes.push_back({28, 20, 1, 55, 65, 1});
+  session s(tiny_model());
+  const label_map labels = segment(s, volume, boxes);
+  std::vector<index_t> seen(boxes.size() + 1);
+  for (const std::uint16_t label : labels) ++seen[label];
+  CHECK(seen[256] > 0);
+  // Object 256 is prompted with its own box on every slice, and not lost.
+  const voxel_box& wrapped = boxes[255];
+  const pixel_box plane{wrapped.x0, wrapped.y0, wrapped.x1, wrapped.y1};
+  for (index_t z = 0; z < 3; ++z) {
+    const label_map alone = segment(s, {volume.row(z), {71, 60, 1}}, std::span(&plane, 1));
+    const view<const std::uint16_t> slice(labels.row(z), {71, 60});
+    for (index_t i = 0; i < alone.size(); ++i)
+      CHECK((slice[i] >= 256) == (alone[i] || slice[i] == 257));
+  }
 }
 
 TEST_CASE("later boxes are drawn over earlier ones") {

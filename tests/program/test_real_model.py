@@ -1,0 +1,113 @@
+"""LiteMedSAM's own weights on real images: the program against the PyTorch reference, and against what the
+original network and its script answered (../shared/data/real, where it is there).
+
+MICROTOME_REAL_MODEL and MICROTOME_REAL_IMAGES say where scripts/fetch_model and scripts/fetch_images have
+put them; scripts/test calls both."""
+
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, SHARED
+
+sys.path.insert(0, str(ROOT / "bench" / "peers"))
+
+
+
+def from_environment(name, script):
+    path = os.environ.get(name)
+    if not path:
+        pytest.skip(f"{name} is not set: scripts/{script} could not bring it")
+    if os.environ.get("MICROTOME_SANITIZED"):
+        pytest.skip("too slow under the sanitizers; the small model goes the same ways")
+    return pathlib.Path(path)
+
+
+@pytest.fixture(scope="module")
+def real_model():
+    return from_environment("MICROTOME_REAL_MODEL", "fetch_model")
+
+
+@pytest.fixture(scope="module")
+def real_images():
+    return from_environment("MICROTOME_REAL_IMAGES", "fetch_images")
+
+
+@pytest.fixture(scope="module")
+def originals_answers():
+    folder = SHARED / "data" / "real" / "test"
+    if not folder.exists():
+        pytest.skip(f"no real cases in {folder}")
+    return folder
+
+
+def object_dice(a, b):
+    """Of each label in either of two label maps."""
+    return [2 * np.sum((a == n) & (b == n)) / (np.sum(a == n) + np.sum(b == n))
+            for n in np.union1d(a, b) if n]
+
+
+def check_masks(run, model, cases, expected, folder):
+    """The program's answers to `cases` differ from `expected` (one label map each) in at most 0.02 % of all
+    pixels, and the mean Dice coefficient of the two is at least 0.9995."""
+    done = run("segment", "-m", model, "-i", *cases, "-o", folder)
+    assert done.returncode == 0, done.stderr
+    found = [np.load(folder / case.name)["segs"] for case in cases]
+    different = sum(np.count_nonzero(a != b) for a, b in zip(found, expected))
+    assert different <= 2e-4 * sum(a.size for a in found)
+    assert all(a.any() for a in found)
+    dice = [d for a, b in zip(found, expected) for d in object_dice(a, b)]
+    assert np.mean(dice) >= 0.9995 and min(dice) >= 0.99
+
+
+@pytest.mark.parametrize("kind", ["2D_*", "3D_MR_brain1", "3D_CT_abdomen", "3D_MR_colin27"])
+def test_masks_are_the_originals(run, real_model, originals_answers, kind, tmp_path):
+    cases = sorted(originals_answers.glob(f"{kind}.npz"))
+    expected = [np.load(originals_answers / "original" / case.name)["segs"] for case in cases]
+    check_masks(run, real_model, cases, expected, tmp_path)
+
+
+def test_small_objects_of_a_volume_are_the_originals(run, real_model, tmp_path):
+    """At 640 x 640 the numbers that masks are drawn with decide about small objects."""
+    case = SHARED / "data" / "reports" / "volume_640.npz"
+    if not case.exists():
+        pytest.skip(f"no {case}")
+    check_masks(run, real_model, [case], [np.load(case)["original_segs"]], tmp_path)
+
+
+def test_masks_are_those_of_the_pytorch_reference(run, real_model, real_images, tmp_path):
+    import load_weights
+    import original
+    import torch
+
+    model = load_weights.load(real_model.with_suffix(".pth")).eval().requires_grad_(False)
+    cases = sorted(real_images.glob("2D_*.npz"))
+    arrays = [np.load(case) for case in cases]
+    with torch.no_grad():
+        expected = [original.segment_image(model, a["imgs"], a["boxes"]) for a in arrays]
+    check_masks(run, real_model, cases, expected, tmp_path)
+
+
+def test_every_number_is_that_of_the_pytorch_reference(run, real_model, real_images, tmp_path):
+    """Errors are small beside the deviation of what they are errors of."""
+    import load_weights
+    import original
+    import torch
+
+    model = load_weights.load(real_model.with_suffix(".pth")).eval().requires_grad_(False)
+    case = sorted(real_images.glob("2D_*.npz"))[0]
+    done = run("trace", "-m", real_model, "-i", case, "-o", tmp_path / "t.npz")
+    assert done.returncode == 0, done.stderr
+    trace, arrays = np.load(tmp_path / "t.npz"), np.load(case)
+    boxes = np.array([original.to_input(box, arrays["imgs"].shape[:2]) for box in arrays["boxes"]])
+    outputs = {"image_embedding": model.image_encoder(torch.tensor(trace["input"]))}
+    masks, outputs["iou_predictions"] = model.decode(
+        outputs["image_embedding"].expand(len(boxes), -1, -1, -1), boxes=torch.tensor(boxes).float())
+    outputs["low_res_masks"] = masks
+    for name, value in outputs.items():
+        error = np.abs(trace[name] - value.numpy()).max()
+        scale = 1 if name == "iou_predictions" else value.std().item()
+        assert error <= 1e-4 * scale, name
