@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -126,6 +127,28 @@ struct bench_options {
   sparsity zeros = sparsity::automatic;
 };
 
+/// Counts layers by what they are computed in.
+struct precision_count : layer_hook {
+  void load(layer_weight& layer) override { ++layers[static_cast<std::size_t>(layer.inputs)]; }
+
+  /// Such as "int8 (74 layers), fp32 (3 layers)", or "fp32" alone; what most layers have first.
+  std::string text() const {
+    std::vector<std::size_t> order;
+    for (std::size_t i = 0; i < layers.size(); ++i)
+      if (layers[i]) order.push_back(i);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return layers[a] > layers[b]; });
+    std::string found;
+    for (const std::size_t i : order) {
+      found += (found.empty() ? "" : ", ") + std::string(precision_names[i]);
+      if (order.size() > 1) found += " (" + std::to_string(layers[i]) + " layers)";
+    }
+    return found;
+  }
+
+  std::array<index_t, precision_names.size()> layers{};
+};
+
 /// An image of noise: no kernel's time depends on the values.
 tensor<float> make_image(index_t side) {
   tensor<float> image(shape{side * side, 3});
@@ -138,9 +161,11 @@ tensor<float> make_image(index_t side) {
 }
 
 int run_bench(const bench_options& options) {
-  const lite_medsam model = lite_medsam::load(
-      options.model,
-      {.windows = options.windows, .inputs = options.factors, .zeros = options.zeros});
+  precision_count precisions;
+  const lite_medsam model = lite_medsam::load(options.model, {.windows = options.windows,
+                                                              .inputs = options.factors,
+                                                              .hook = &precisions,
+                                                              .zeros = options.zeros});
   session s(model, {.threads = options.threads});
   const index_t side = model.config.image_size;
   const tensor<float> image = make_image(side);
@@ -168,7 +193,7 @@ int run_bench(const bench_options& options) {
 
   if (options.json) {
     const nlohmann::ordered_json result = {{"model", options.model},
-                                           {"precision", name_of(options.factors)},
+                                           {"precision", precisions.text()},
                                            {"target", kernels::active().name},
                                            {"threads", s.threads()},
                                            {"runs", options.runs},
@@ -182,9 +207,10 @@ int run_bench(const bench_options& options) {
     return 0;
   }
   std::printf("%s, %d threads, %d runs, %s%s\n", kernels::active().description, s.threads(),
-              options.runs, name_of(options.factors),
-              options.factors == precision::bf16 && !kernels::active().native_bf16
-                  ? " without instructions for it"
+              options.runs, precisions.text().c_str(),
+              precisions.layers[static_cast<std::size_t>(precision::bf16)] > 0 &&
+                      !kernels::active().native_bf16
+                  ? "; bf16 without instructions for it"
                   : "");
   std::printf("             median     min     max  ms\n");
   std::printf("encoder     %7.1f %7.1f %7.1f\n", encoder.median(), encoder.min(), encoder.max());

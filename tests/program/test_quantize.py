@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -50,6 +51,16 @@ def test_from_calibration_to_masks(run, tiny_model, cases, ranges, tmp_path):
     assert (masks[1] == masks[2]).all()
     assert (masks[0] == masks[1]).mean() > 0.8
     assert (masks[0] != masks[1]).any()
+
+
+def test_bench_says_what_layers_are_computed_in(run, tiny_model, ranges, tmp_path):
+    model = tmp_path / "m.safetensors"
+    for scheme, named in (("full", "int8"), ("weights-only", "int8-weights"), ("0:*:*=int8", "fp32")):
+        assert run("quantize", "-m", tiny_model, "-r", ranges, "-o", model, "--scheme", scheme).returncode == 0
+        heading = run("bench", "-m", model, "--runs", 1).stdout.splitlines()[0]
+        assert re.search(rf"runs, {named}( \(\d+ layers\)|$)", heading), heading
+        assert json.loads(run("bench", "-m", model, "--runs", 1, "--json").stdout)["precision"].startswith(named)
+    assert "fp32 (" in heading and "int8 (" in heading  # the last scheme mixes
 
 
 def test_the_file_is_read_by_the_safetensors_library(run, tiny_model, ranges, tmp_path):
