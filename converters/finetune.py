@@ -277,12 +277,14 @@ class Training:
 
     def run(self, interrupted):
         """Trains to the end, or until it is interrupted, and saves."""
-        began, first, saved = time.monotonic(), self.step, time.monotonic()
+        saved = reported = time.monotonic()
+        first = last = self.step
         every = max(1, self.steps // 20)
         while self.step < self.steps and not interrupted:
             self.advance()
-            pace = (time.monotonic() - began) / (self.step - first)
-            if self.step % every == 0 or self.step in (1, first + 1, self.steps):
+            if self.step % every == 0 or self.step in (first + 1, self.steps):
+                pace = (time.monotonic() - reported) / (self.step - last)
+                reported, last = time.monotonic(), self.step
                 print(f"step {self.step} of {self.steps}  loss {np.mean(self.losses[-every:]):.4f}  "
                       f"{pace:.2f} s a step, {pace * (self.steps - self.step) / 60:.1f} min to go", flush=True)
             if time.monotonic() - saved > SAVE_SECONDS:
