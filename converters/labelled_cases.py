@@ -15,7 +15,10 @@ import numpy as np
 
 # About what MedSAM's own preparation leaves out: objects of fewer than 100 pixels at 1024 x 1024.
 LEAST_PIXELS = 6
-JITTER = 5  # pixels of the image, outwards, as in LiteMedSAM's training
+# How far outside of an object's outline a box may be, in pixels of the model's input, as in LiteMedSAM's
+# training, so that the 3 that a mask is widened by for a volume's next slice are nothing new; of images that
+# are smaller than the input, in their own, as boxes are drawn.
+JITTER = 5
 
 
 class CaseError(Exception):
@@ -175,7 +178,7 @@ def varied(pixels, rng):
 
 def sample(part, side, prompts, rng):
     """What one slice teaches in one step: pixels (3, side, side), and `prompts` of its objects as masks
-    (prompts, side, side) and boxes (prompts, 4) around them, each side up to JITTER outside; and which
+    (prompts, side, side) and boxes (prompts, 4) around them, each side a little outside; and which
     pixels belong to the image (side, side)."""
     turns, flip = int(rng.integers(4)), bool(rng.integers(2))
 
@@ -185,12 +188,13 @@ def sample(part, side, prompts, rng):
 
     pixels, labels = varied(normalised(turn(part.image)), rng), turn(part.labels)
     height, width = labels.shape
+    scale = side / max(part.shape)
     masks, boxes = np.zeros((prompts, side, side), bool), np.zeros((prompts, 4), np.float32)
     chosen = rng.choice(list(part.boxes), prompts, replace=len(part.boxes) < prompts)
     for mask, box, label in zip(masks, boxes, chosen):
         mask[:height, :width] = labels == label
-        drawn = part.boxes[int(label)] + rng.integers(0, JITTER + 1, 4) * [-1, -1, 1, 1]
-        drawn = np.clip(drawn, 0, [part.shape[1], part.shape[0]] * 2) * (side / max(part.shape))
+        outside = rng.uniform(0, JITTER, 4) * max(1.0, scale)
+        drawn = np.clip(part.boxes[int(label)] * scale + outside * [-1, -1, 1, 1], 0, side)
         box[:] = turned(drawn, turns, flip, part.labels.shape).astype(int)
     inside = np.zeros((side, side), bool)
     inside[:height, :width] = True
