@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared"
-sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "reference", "demo")]
+sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "reference")]
 
 
 @pytest.fixture(scope="session")

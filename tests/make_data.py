@@ -17,7 +17,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
-sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "reference", "demo")]
+sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "reference")]
 
 import convert  # noqa: E402
 import lite_medsam  # noqa: E402

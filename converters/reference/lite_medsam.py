@@ -1,4 +1,4 @@
-"""LiteMedSAM in PyTorch: what microtome is compared with, and what the demo checkpoint is trained as.
+"""LiteMedSAM in PyTorch: what microtome is compared with, and what is fine-tuned.
 
 Follows the papers (TinyViT, Wu et al. 2022; Segment Anything, Kirillov et al. 2023; MedSAM, Ma et
 al. 2024) and names its modules as the original checkpoints do, so that `load_state_dict` takes them

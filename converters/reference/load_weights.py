@@ -22,15 +22,15 @@ def build(config, names):
     return model
 
 
-def read(path):
+def read(path, image_size=convert.IMAGE_SIZE):
     """The configuration and the state dict in a checkpoint (.pth), pruned or not, or in a model file
-    (.safetensors) in floating point."""
+    (.safetensors) in floating point. A checkpoint does not tell the side of the model's input."""
     if convert.is_model_file(str(path)):
         state, config, _ = convert.read_model_file(path)
     else:
         state = pruning.joined(checkpoint.load(path))
         state = {n: v for n, v in state.items() if not architecture.IGNORED.search(n)}
-        config = architecture.infer_config({n: v.shape for n, v in state.items()})
+        config = architecture.infer_config({n: v.shape for n, v in state.items()}, image_size)
     architecture.check({n: v.shape for n, v in state.items()}, config)
     return config, {n: torch.from_numpy(v.astype(np.float32)) for n, v in state.items()}
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import lite_medsam
-import phantom
 import seeded_weights
 from conftest import DATA, ROOT, SHARED, make_case
 from make_data import CONFIG
@@ -335,15 +334,6 @@ def test_the_progress_bar_on_a_terminal(program, tiny_model, tmp_path):
     assert done.returncode == 0
     assert "cases 0/1" in shown and "[" in shown
     assert done.stdout.decode().startswith("[1/1] v.npz")
-
-
-def test_the_phantom_is_a_case(run, tiny_model, tmp_path):
-    image, labels = phantom.make_volume(np.random.default_rng(1), 6, 96)
-    boxes = phantom.object_boxes(labels, np.random.default_rng(2), margin=3)
-    assert image.dtype == np.uint8 and len(boxes) >= 4 and image.std() > 20
-    np.savez(tmp_path / "3D_phantom.npz", imgs=image, boxes=boxes)
-    done = run("segment", "-m", tiny_model, "-i", tmp_path / "3D_phantom.npz", "-o", tmp_path / "o")
-    assert done.returncode == 0, done.stderr
 
 
 def test_memory_on_a_large_image(program, golden_folder, tmp_path):
