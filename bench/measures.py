@@ -55,8 +55,9 @@ def is_volume(case):
 def link_cases(source, folder, volumes=False):
     """Fills a new folder with links to the cases of `source`, those with images alone unless `volumes`,
     which take minutes. Returns the links, by name."""
+    source = pathlib.Path(source or fetched("fetch_images"))
     folder.mkdir(parents=True)
-    for path in sorted(pathlib.Path(source or fetched("fetch_images")).glob("*.npz")):
+    for path in source.glob("*.npz"):
         with np.load(path) as case:
             if "boxes" in case and (volumes or not is_volume(case)):
                 (folder / path.name).symlink_to(path.resolve())
