@@ -5,9 +5,10 @@ the way of LiteMedSAM's own script (original.py).
     python3 bench/peers/job.py CASE.npz... [--calibrate FOLDER]
     python3 bench/peers/job.py --labels LABELS.npz --calibrate FOLDER
 
-With --labels, volumes are painted over the labels of real organs (painting.py), ten of them, of which PyTorch
-does one: it encodes every slice once for every object. What it would take for the others is reckoned by
-how many slices their objects have together. With --calibrate, microtome runs in 8 bits, too; calibrating and quantising are not timed.
+With --labels, ten volumes are painted over the labels of real organs (painting.py), of which PyTorch does one:
+it encodes every slice once for every object. What it would take for the others is reckoned by how many slices
+their objects have together. With --calibrate, microtome runs in 8 bits, too; calibrating and quantising are
+not timed.
 """
 
 import argparse
@@ -100,7 +101,7 @@ class Job:
             print("| " + " | ".join(cells) + " |", flush=True)
         self.print_totals(seconds, memory)
         if len(by_pytorch) < len(cases):
-            print("\nIn brackets, and in PyTorch's total: not run, reckoned from the first volume by slices of objects.")
+            print("\nIn brackets: not run, reckoned from the first volume by slices of objects, and so is the total.")
         self.print_masks(by_pytorch)
 
     def print_totals(self, seconds, memory):
@@ -125,7 +126,8 @@ def main():
     parser.add_argument("cases", nargs="*", type=pathlib.Path, help=".npz cases")
     parser.add_argument("--labels", type=pathlib.Path, help=".npz file with gts (D, H, W) to paint volumes over")
     parser.add_argument("--volumes", type=int, default=10, help="to paint (%(default)s)")
-    parser.add_argument("--slices", type=int, help="of each, the middle ones (all)")
+    parser.add_argument("--slices", type=int, help="of each, the middle ones (all; half an hour for 77 with "
+                        "eleven organs on two cores)")
     parser.add_argument("--calibrate", type=pathlib.Path, help="folder of cases to calibrate on: 8 bits, too")
     parser.add_argument("--scheme", default="full", help="of 8 bits (%(default)s)")
     parser.add_argument("--checkpoint", type=pathlib.Path, help=".pth file (LiteMedSAM's own weights)")
