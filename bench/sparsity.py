@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Speed and accuracy over sparsity: prunes a model file in several ways, times each with the program in
-turns with the dense model, and compares its masks with held-out generated scenes.
+"""Speed and accuracy over sparsity: prunes a model in several ways, times each with the program in turns with
+the dense model, and compares its masks with the labels of real cases.
 
-    python3 bench/sparsity.py -o sparsity.json [-m assets/lite_medsam_demo.safetensors] [--plot FILE.png]
+    python3 bench/sparsity.py -o sparsity.json [-m MODEL] [--cases FOLDER] [--plot FILE.png]
     python3 bench/sparsity.py --from sparsity.json --plot FILE.png
 
 Prints a table. Nothing is trained again after pruning but what is given so: `--trained "50 %=FILE" "2:4=FILE"`,
-model files whose weights were trained on with their zeros held (converters/demo/train.py --hold-zeros). Needs
-matplotlib for the plot.
+model files whose weights were trained on with their zeros held (converters/finetune.py). Needs matplotlib for
+the plot.
 """
 
 import argparse
@@ -15,11 +15,9 @@ import json
 import pathlib
 import statistics
 import subprocess
-import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "demo")]
+import measures
 
 WAYS = {  # how it is pruned: options of convert.py
     "dense": [],
@@ -35,13 +33,11 @@ TRAINED = ", trained on"
 
 
 def measure(options, folder):
-    import evaluate
-
-    models = {}
+    measures.link_cases(options.cases, folder / "cases", options.volumes)
+    source, models = options.model or measures.real_checkpoint(), {}
     for way, arguments in WAYS.items():
-        models[way] = folder / f"{len(models)}.safetensors"
-        subprocess.run([sys.executable, ROOT / "converters/convert.py", options.model, "-o", models[way],
-                        "--storage", "fp16", *arguments], check=True)  # fmt: skip
+        target = folder / f"{len(models)}.safetensors"
+        models[way] = measures.convert(source, target, "--storage", "fp16", *arguments)
     for given in options.trained:
         way, file = given.split("=", 1)
         models[f"{way}{TRAINED}"] = pathlib.Path(file)
@@ -54,14 +50,14 @@ def measure(options, folder):
             row = json.loads(answer.stdout)
             times[way]["encoder"].append(row["encoder_ms"]["median"])
             times[way]["box"].append(row["batched_box_ms"]["median"])
-    evaluate.write_scenes(folder / "cases", options.cases)
     found = {}
     for way, model in models.items():
         segs = folder / "segs" / way
-        evaluate.run(options.program, "segment", "-m", model, "-i", folder / "cases", "-o", segs)
-        rows = evaluate.rows_of(options.program, segs, folder / "cases", folder / "metrics.csv")
+        measures.run(options.program, "segment", "-m", model, "-i", folder / "cases", "-o", segs,
+                     "--threads", options.threads)  # fmt: skip
+        rows = measures.metrics(options.program, segs, folder / "cases")
         found[way] = times[way] | {
-            "dice": float(evaluate.mean(rows)),
+            "dice": measures.mean(rows),
             "megabytes": model.stat().st_size / 1e6,
         }
     return found
@@ -114,16 +110,17 @@ def plot(found, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("-m", "--model", default=str(ROOT / "assets/lite_medsam_demo.safetensors"))
+    parser.add_argument("-m", "--model", help=".pth or .safetensors file (LiteMedSAM's own weights)")
+    parser.add_argument("--cases", type=pathlib.Path, help="folder of labelled cases (those fetched)")
+    parser.add_argument("--volumes", action="store_true", help="the folder's volumes, too: minutes of each model")
     parser.add_argument("-o", "--output", help="JSON file for what was measured")
     parser.add_argument("--from", dest="source", help="JSON file of an earlier run, to show again")
     parser.add_argument("--plot", help="PNG or SVG file")
     parser.add_argument("--trained", nargs="+", metavar="WAY=FILE", default=[],
                         help="pruned so and trained on, measured too")
-    parser.add_argument("--program", default=str(ROOT / "build/release/microtome"))
+    parser.add_argument("--program", default=measures.PROGRAM)
     parser.add_argument("--threads", type=int, default=0, help="0: every CPU")
     parser.add_argument("--rounds", type=int, default=4, help="turns of three runs each (%(default)s)")
-    parser.add_argument("--cases", type=int, default=60, help="held-out scenes (%(default)s)")
     options = parser.parse_args()
     if options.source:
         found = json.loads(pathlib.Path(options.source).read_text())

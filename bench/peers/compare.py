@@ -4,7 +4,7 @@ OpenVINO: the same weights, inputs and number of threads, in turns, so that a ma
 slows all of them. Prints tables of medians, ratios and peak memory, and draws them.
 
     pip install -r bench/peers/requirements.txt
-    python3 bench/peers/compare.py
+    python3 bench/peers/compare.py [--model CHECKPOINT.pth] [--image CASE.npz]
 """
 
 import argparse
@@ -19,14 +19,12 @@ import time
 import numpy as np
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "reference", "demo")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "converters" / "reference")]
 
-import convert  # noqa: E402
-import lite_medsam  # noqa: E402
-import model_file  # noqa: E402
-import seeded_weights  # noqa: E402
+import load_weights  # noqa: E402
+import measures  # noqa: E402
+import original  # noqa: E402
 from worker import Decoding  # noqa: E402
 
 BOXES = 16
@@ -103,20 +101,18 @@ class Worker:
         self.process.wait()
 
 
-def prepare(folder):
-    """Weights, inputs and ONNX models of both parts."""
-    config = seeded_weights.LITE_MEDSAM
-    state = seeded_weights.seeded_state(config, 1)
-    tensors, _ = convert.convert(state, config)
-    model_file.write(folder / "model.safetensors", tensors, config)
-    state = {k: torch.tensor(v) for k, v in state.items()}
-    torch.save(state, folder / "model.pth")
-    model = lite_medsam.LiteMedSAM(config).eval().requires_grad_(False)
-    model.load_state_dict(state, strict=False)
-    image = torch.rand(1, 3, 256, 256)
+def prepare(options, folder):
+    """Weights, inputs and ONNX models of both parts. The inputs are an image and its boxes, repeated where
+    there are fewer than are timed."""
+    checkpoint = options.model or measures.real_checkpoint()
+    measures.convert(checkpoint, folder / "model.safetensors")
+    (folder / "model.pth").symlink_to(checkpoint.resolve())
+    model = load_weights.load(checkpoint).eval().requires_grad_(False)
+    case = np.load(options.image or measures.link_cases(None, folder / "cases")[0])
+    image = original.preprocess(case["imgs"])
     embedding = model.image_encoder(image)
-    corners = torch.rand(BOXES, 2, 2).sort(1).values * 240
-    boxes = (corners + torch.tensor([[0.0], [1.0]]) * 12).flatten(1)
+    boxes = [original.to_input(box, case["imgs"].shape[:2]) for box in case["boxes"]]
+    boxes = torch.from_numpy(np.resize(boxes, (BOXES, 4))).float()
     for part, module, inputs in (
         ("encoder", model.image_encoder, {"image": image}),
         ("decoder", Decoding(model), {"embedding": embedding, "boxes": boxes}),
@@ -207,7 +203,9 @@ def draw(results, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--program", default=ROOT / "build" / "release" / "microtome")
+    parser.add_argument("--model", type=pathlib.Path, help=".pth file (LiteMedSAM's own weights)")
+    parser.add_argument("--image", help=".npz case of an image (the first of those fetched)")
+    parser.add_argument("--program", default=measures.PROGRAM)
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each (%(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="runs in a turn (%(default)s)")
@@ -215,10 +213,9 @@ def main():
     parser.add_argument("--part", choices=["encoder", "decoder"], help="only this one")
     parser.add_argument("--plot", help="picture of the medians, .svg or .png")
     options = parser.parse_args()
-    torch.manual_seed(1)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         folder = pathlib.Path(folder)
-        prepare(folder)
+        prepare(options, folder)
         results = {}
         for part in [options.part] if options.part else ["encoder", "decoder"]:
             medians, ours = compare(part, options, folder)

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Segments .npz cases with PyTorch the way LiteMedSAM's own inference script does: a box at a time, a
 volume object by object from the middle slice outwards, every slice encoded anew for every object. What
-job.py times microtome against.
+job.py times microtome against, and accuracy.py compares its masks with.
 
     python3 original.py CHECKPOINT.pth OUTPUT_FOLDER THREADS CASE.npz...
+
+An object that the original would lose, because its number is a multiple of 256 and volumes are drawn in 8
+bits, keeps its mask here; see next_box.
 """
 
 import pathlib
@@ -15,11 +18,10 @@ import torch
 import torch.nn.functional as F
 
 HERE = pathlib.Path(__file__).resolve().parent
-CONVERTERS = HERE.parents[1] / "converters"
-sys.path[:0] = [str(HERE), str(CONVERTERS / "reference"), str(CONVERTERS / "demo")]
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "converters" / "reference")]
 
 import lite_medsam  # noqa: E402
-import seeded_weights  # noqa: E402
+import load_weights  # noqa: E402
 import variants  # noqa: E402
 
 SIDE = 256
@@ -52,13 +54,17 @@ def to_input(box, shape):
     return (np.array(box) * (SIDE / max(shape))).astype(int)
 
 
-def next_box(mask, whole):
-    """Around the mask of the slice before, in pixels of the model's input; `whole` where nothing of it is
-    left there, at which the original fails."""
+def next_box(mask, label, whole):
+    """Around the mask of the slice before, in pixels of the model's input.
+
+    The original draws the mask with the object's number into 8 bits and shrinks that by area, rounding to
+    whole numbers: the higher the number, the less of a pixel has to be covered to count. Number 256 is
+    drawn as 0. Where nothing is left, the box is `whole`; the original fails there, or for an empty mask
+    takes `whole` too.
+    """
     height, width = scaled_shape(*mask.shape)
-    small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA)
-    small = np.pad(small, ((0, SIDE - height), (0, SIDE - width)))
-    ys, xs = np.nonzero(small)
+    drawn = mask * np.uint8(label % 256)
+    ys, xs = np.nonzero(cv2.resize(drawn, (width, height), interpolation=cv2.INTER_AREA))
     if not len(ys):
         return whole
     x0, x1 = max(0, xs.min() - MARGIN), min(SIDE, xs.max() + MARGIN)
@@ -86,7 +92,7 @@ def segment_volume(model, volume, boxes):
         middle = (z0 + z1) // 2
 
         def segment_slice(z, before):
-            box = whole if before is None else next_box(found[before], whole)
+            box = whole if before is None else next_box(found[before], label, whole)
             image = np.repeat(volume[z][..., None], 3, -1)
             found[z] = decode(model, model.image_encoder(preprocess(image)), box, shape)
 
@@ -101,8 +107,7 @@ def segment_volume(model, volume, boxes):
 def main():
     checkpoint, folder, threads, *cases = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    model = lite_medsam.LiteMedSAM(seeded_weights.LITE_MEDSAM)
-    model.load_state_dict(torch.load(checkpoint, map_location="cpu"), strict=False)
+    model = load_weights.load(checkpoint)
     variants.use(model, lite_medsam.WindowAttention, variants.ExplicitAttention)
     model.eval().requires_grad_(False)
     for case in map(pathlib.Path, cases):

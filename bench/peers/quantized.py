@@ -4,7 +4,9 @@ calibration images, and compares them: time in turns as in compare.py, peak memo
 the masks that the fp32 decoder makes of what they answer.
 
     pip install -r bench/peers/requirements.txt
-    python3 bench/peers/quantized.py
+    python3 bench/peers/quantized.py --calibrate FOLDER [--cases FOLDER]
+
+Folders of .npz cases, of which those with images are taken, of any size.
 """
 
 import argparse
@@ -20,16 +22,13 @@ import tempfile
 import numpy as np
 import torch
 
-from compare import HERE, ROOT, Program, Worker, chosen, take_turns
+from compare import HERE, Program, Worker, chosen, take_turns
 
-sys.path[:0] = [str(HERE)]
+import accuracy
+import load_weights
+import measures
+import original
 
-import evaluate  # noqa: E402
-import load_weights  # noqa: E402
-import original  # noqa: E402
-import scenes  # noqa: E402
-
-CALIBRATION_SEED = 30_000_001  # neither training's nor evaluate.HELD_OUT_SEED
 SCHEMES = {  # label: scheme of `microtome quantize`
     "microtome fp32": None,
     "microtome int8, encoder": "encoder",
@@ -55,33 +54,24 @@ def read_header(path):
         return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
 
 
-def write_calibration(folder, count):
-    folder.mkdir()
-    for i in range(count):
-        rng = np.random.default_rng([CALIBRATION_SEED, i])
-        image, labels = scenes.make_scene(rng)
-        boxes = [scenes.jittered_box(rng, labels == n) for n in range(1, labels.max() + 1)]
-        evaluate.write_case(folder / f"calibration_{i:03}.npz", image, labels, boxes)
-
-
-def inputs_of(cases):
-    """What the encoder takes of each case, by name."""
-    return {path: original.preprocess(np.load(path)["imgs"]).numpy() for path in sorted(cases.glob("*.npz"))}
+def input_of(case):
+    """What the encoder takes of a case."""
+    return original.preprocess(np.load(case)["imgs"]).numpy()
 
 
 class Comparison:
     def __init__(self, options, folder):
         self.options, self.folder = options, folder
-        self.cases, self.calibration = folder / "test", folder / "calibration"
         self.failed, self.contenders, self.models, self.sizes = {}, {}, {}, {}
-        self.reference = load_weights.load(options.model).eval().requires_grad_(False)
-        write_calibration(self.calibration, options.cases)
-        evaluate.write_scenes(self.cases, options.test)
+        self.model = options.model or measures.real_model()
+        self.reference = load_weights.load(self.model).eval().requires_grad_(False)
+        self.cases = measures.link_cases(options.cases, folder / "test")
         self.inputs = folder / "inputs"
         self.inputs.mkdir()
-        for path, pixels in inputs_of(self.cases).items():
-            np.savez(self.inputs / path.name, image=pixels)
-        calibration = np.concatenate(list(inputs_of(self.calibration).values()))
+        for path in self.cases:
+            np.savez(self.inputs / path.name, image=input_of(path))
+        self.calibration = measures.link_cases(options.calibrate, folder / "calibration")
+        calibration = np.concatenate([input_of(path) for path in self.calibration])
         np.save(folder / "images.npy", calibration)
         self.example = torch.from_numpy(calibration[:1])
         torch.save(self.reference.image_encoder, folder / "encoder.pt")
@@ -103,26 +93,19 @@ class Comparison:
         except RuntimeError as error:
             self.failed[label] = str(error)
 
-    def program(self, *arguments):
-        run = subprocess.run([self.options.program, *map(str, arguments)], stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
-        if run.returncode:
-            said = run.stderr.strip() or f"exit status {run.returncode}"
-            raise RuntimeError(f"microtome {arguments[0]}: {said}")
-
     def start_ours(self, label, scheme):
-        model = self.options.model
+        program, model = self.options.program, self.model
         if scheme:
-            model = self.folder / f"{scheme}.safetensors"
             ranges = self.folder / "ranges.json"
             if not ranges.exists():
-                self.program("calibrate", "-m", self.options.model, "-i", self.calibration, "-o", ranges,
+                measures.run(program, "calibrate", "-m", model, "-i", self.folder / "calibration", "-o", ranges,
                              "--observer", self.options.observer)
-            self.program("quantize", "-m", self.options.model, "-r", ranges, "-o", model, "--scheme", scheme)
+            model = self.folder / f"{scheme}.safetensors"
+            measures.run(program, "quantize", "-m", self.model, "-r", ranges, "-o", model, "--scheme", scheme)
         sizes = [np.diff(tensor["data_offsets"])[0] for name, tensor in read_header(model).items()
                  if name.startswith("image_encoder.")]
         self.models[label], self.sizes[label] = model, sum(sizes)
-        self.contenders[label] = Program(self.options.program, model, "encoder", self.options.threads, [])
+        self.contenders[label] = Program(program, model, "encoder", self.options.threads, [])
 
     def start_peer(self, label, runtime, tool, source):
         folder = self.folder / label.replace(" ", "_")
@@ -141,13 +124,12 @@ class Comparison:
         self.contenders[label] = Worker(runtime, "encoder", folder, self.options.threads)
 
     def accuracy(self):
-        """Dice of each contender's masks with the ground truth and with those of PyTorch in fp32."""
+        """Dice of each contender's masks with the labels and with the masks of PyTorch in fp32."""
         fp32 = self.folder / "fp32"
         fp32.mkdir()
-        for path in sorted(self.inputs.glob("*.npz")):
-            pixels = torch.from_numpy(np.load(path)["image"])
-            segs = self.decode(self.reference.image_encoder(pixels), path.name)
-            np.savez_compressed(fp32 / path.name, gts=segs)
+        for path in self.cases:
+            pixels = torch.from_numpy(np.load(self.inputs / path.name)["image"])
+            self.decode(self.reference.image_encoder(pixels), path, fp32)
         found = {}
         for label, contender in self.contenders.items():
             print(f"{label}: accuracy", file=sys.stderr, flush=True)
@@ -158,27 +140,27 @@ class Comparison:
             except RuntimeError as error:
                 print(error, file=sys.stderr)
                 continue
-            table = self.folder / "table.csv"
-            found[label] = [evaluate.mean(evaluate.rows_of(self.options.program, segs, truth, table))
-                            for truth in (self.cases, fp32)]
+            rows = measures.metrics(self.options.program, segs, self.folder / "test")
+            found[label] = accuracy.total(accuracy.compare(self.cases, segs, fp32, rows))
         return found
 
     def segment(self, label, contender, folder):
         if label in self.models:
-            self.program("segment", "-m", self.models[label], "-i", self.cases, "-o", folder,
-                         "--threads", self.options.threads)
+            measures.run(self.options.program, "segment", "-m", self.models[label], "-i", self.folder / "test",
+                         "-o", folder, "--threads", self.options.threads)
             return
         answer = self.folder / "embedding.npy"
-        for path in sorted(self.inputs.glob("*.npz")):
-            contender.answer(path, answer)
-            segs = self.decode(torch.from_numpy(np.load(answer)), path.name)
-            np.savez_compressed(folder / path.name, segs=segs)
+        for path in self.cases:
+            contender.answer(self.inputs / path.name, answer)
+            self.decode(torch.from_numpy(np.load(answer)), path, folder)
 
-    def decode(self, embedding, name):
-        case = np.load(self.cases / name)
-        return original.segment_boxes(self.reference, embedding, case["boxes"], case["imgs"].shape[:2])
+    def decode(self, embedding, path, folder):
+        """Writes the masks that PyTorch's decoder makes of a case's embedding."""
+        case = np.load(path)
+        segs = original.segment_boxes(self.reference, embedding, case["boxes"], case["imgs"].shape[:2])
+        np.savez_compressed(folder / path.name, segs=segs)
 
-    def print_table(self, times, accuracy):
+    def print_table(self, times, results):
         medians = {label: statistics.median(values) for label, values in times.items()}
 
         def ratio(label, base):
@@ -192,7 +174,8 @@ class Comparison:
                 print(f"| {label} | {self.failed[label]} |" + " |" * 8)
             elif label in times:
                 values = times[label]
-                dice = [f"{value:.4f}" for value in accuracy.get(label, [])] or ["", ""]
+                found = results.get(label)
+                dice = [f"{found[key]:.4f}" for key in ("dice", "same")] if found else ["", ""]
                 print(f"| {label} | {medians[label]:.1f} | {min(values):.1f} | {max(values):.1f} | "
                       f"{ratio(label, 'microtome fp32')} | {ratio(label, label.split(' int8')[0] + ' fp32')} | "
                       f"{self.contenders[label].memory:.0f} | {self.sizes[label] / 1e6:.1f} | "
@@ -205,22 +188,22 @@ class Comparison:
             self.print_table({}, {})
             return
         times = take_turns(self.contenders, options.rounds, options.runs)
-        accuracy = {} if options.skip_accuracy else self.accuracy()
+        results = {} if options.skip_accuracy else self.accuracy()
         for contender in self.contenders.values():
             contender.end()
-        self.print_table(times, accuracy)
+        self.print_table(times, results)
         print(f"\n{options.threads} threads; medians of {options.rounds} turns of {options.runs} runs; "
-              f"calibrated on {options.cases} scenes, Dice over {options.test}; PyTorch {torch.__version__}")
+              f"calibrated on {len(self.calibration)} images, Dice over {len(self.cases)}; PyTorch "
+              f"{torch.__version__}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("-m", "--model", type=pathlib.Path, default=ROOT / "assets/lite_medsam_demo.safetensors",
-                        help="model file in fp32 (the demo's)")
-    parser.add_argument("--program", default=ROOT / "build" / "release" / "microtome")
+    parser.add_argument("-m", "--model", type=pathlib.Path, help="model file in fp32 (LiteMedSAM's own)")
+    parser.add_argument("--calibrate", type=pathlib.Path, required=True, help="folder of cases to calibrate on")
+    parser.add_argument("--cases", type=pathlib.Path, help="folder of labelled cases (those fetched)")
+    parser.add_argument("--program", default=measures.PROGRAM)
     parser.add_argument("--observer", default="mse", help="of `microtome calibrate` (%(default)s)")
-    parser.add_argument("--cases", type=int, default=32, help="scenes to calibrate on (%(default)s)")
-    parser.add_argument("--test", type=int, default=40, help="scenes to measure Dice on (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="runs in a turn (%(default)s)")

@@ -15,23 +15,16 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def torch_model(folder, threads):
-    sys.path[:0] = [str(ROOT / "converters" / "reference"), str(ROOT / "converters" / "demo")]
+def pytorch(folder, part, threads, way):
+    sys.path.insert(0, str(ROOT / "converters" / "reference"))
     import torch
 
     import lite_medsam
-    import seeded_weights
-
-    torch.set_num_threads(threads)
-    model = lite_medsam.LiteMedSAM(seeded_weights.LITE_MEDSAM)
-    model.load_state_dict(torch.load(folder / "model.pth"), strict=False)
-    return torch, lite_medsam, model.eval().requires_grad_(False)
-
-
-def pytorch(folder, part, threads, way):
-    torch, lite_medsam, model = torch_model(folder, threads)
+    import load_weights
     import variants
 
+    torch.set_num_threads(threads)
+    model = load_weights.load(folder / "model.pth").eval().requires_grad_(False)
     if way == "explicit":
         variants.use(model, lite_medsam.WindowAttention, variants.ExplicitAttention)
     if way == "nested":
