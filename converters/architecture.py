@@ -30,6 +30,12 @@ def _depth(names, prefix):
     return len(found)
 
 
+def _some(names, most=4):
+    """A few of many names, for a message."""
+    shown = ", ".join(map(repr, list(names)[:most]))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown or "no tensors"
+
+
 def infer_config(shapes, image_size=256):
     """The configuration of a state dict, given as {name: shape}, as microtome's model files carry
     it. Raises ArchitectureError where a tensor that it follows from is missing."""
@@ -37,7 +43,7 @@ def infer_config(shapes, image_size=256):
     def shape(name, rank):
         found = shapes.get(name)
         if found is None:
-            raise ArchitectureError(f"not a LiteMedSAM checkpoint: {name!r} is missing")
+            raise ArchitectureError(f"not a LiteMedSAM checkpoint: {name!r} is missing; found {_some(shapes)}")
         if len(found) != rank:
             raise ArchitectureError(f"{name!r} has shape {tuple(found)}, expected {rank} dimensions")
         return found
@@ -45,7 +51,7 @@ def infer_config(shapes, image_size=256):
     stages = []
     count = _depth(shapes, "image_encoder.layers.")
     if count == 0:
-        raise ArchitectureError("not a LiteMedSAM checkpoint: no image_encoder.layers.* in it")
+        raise ArchitectureError(f"not a LiteMedSAM checkpoint: no image_encoder.layers.*; found {_some(shapes)}")
     for i in range(count):
         layer = f"image_encoder.layers.{i}"
         block = f"{layer}.blocks.0"

@@ -224,25 +224,56 @@ def _is_state_dict(value):
     )
 
 
+# Where checkpoints hold the state dict, most usual first, and what the model may be called in it, as a
+# member of a module that was saved whole (Lightning's `model.`).
+PLACES = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "checkpoint")
+OUTER_MODULES = ("model", "net", "network", "sam", "medsam", "medsam_lite_model")
+# Modules that wrap another and stand in its names, anywhere: DistributedDataParallel, torch.compile,
+# activation checkpoints and FSDP.
+WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def _place(content, depth=2):
+    """The state dict in what a checkpoint holds: under one of the usual keys, which also may hold a
+    checkpoint in their turn, else itself, else None. Whatever lies beside does not matter."""
+    if not isinstance(content, dict):
+        return None
+    if depth:
+        for key in PLACES:
+            found = _place(content.get(key), depth - 1)
+            if found:
+                return found
+    return content if _is_state_dict(content) else None
+
+
+def _without_wrappers(state):
+    """The same tensors by the names that they have in the bare model."""
+    bare = {}
+    for name, value in state.items():
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if short in bare:
+            raise CheckpointError(f"two tensors are both {short!r} without the prefixes of wrappers: {name!r} "
+                                  "is the second")  # fmt: skip
+        bare[short] = value
+    for outer in OUTER_MODULES:
+        if bare and all(name.startswith(outer + ".") for name in bare):
+            return _without_wrappers({name[len(outer) + 1 :]: value for name, value in bare.items()})
+    return bare
+
+
 def state_dict(content):
-    """The state dict in what a checkpoint holds: itself, or under "model" or "state_dict", beside
-    whatever else; without the prefixes of DistributedDataParallel and torch.compile."""
-    if not _is_state_dict(content) and isinstance(content, dict):
-        for key in ("model", "state_dict"):
-            if _is_state_dict(content.get(key)):
-                content = content[key]
-                break
-    if not _is_state_dict(content):
-        found = f"a {type(content).__name__}"
+    """The tensors of the model in what a checkpoint holds: a state dict itself, or one where training
+    scripts put it, with the names that they have in the bare model."""
+    found = _place(content)
+    if not found:
+        what = f"a {type(content).__name__}"
         if isinstance(content, dict):
-            found += f" with the keys {list(content)[:8]}"
+            what += f" with the keys {list(content)[:8]}"
         raise CheckpointError(
-            f"no state dict found: expected a dict of tensors, or one under 'model'; found {found}"
+            f"no state dict found: expected a dict of tensors, or one under {', '.join(map(repr, PLACES))}; "
+            f"found {what}"
         )
-    for prefix in ("module.", "_orig_mod."):
-        if all(k.startswith(prefix) for k in content):
-            content = {k[len(prefix) :]: v for k, v in content.items()}
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    return _without_wrappers({k: v for k, v in found.items() if isinstance(v, Tensor)})
 
 
 def load(path):

@@ -33,8 +33,9 @@ def test_bare_state_dict(tmp_path, state):
     check(checkpoint.load(save(tmp_path / "x.pth", state)), state)
 
 
-@pytest.mark.parametrize("key", ["model", "state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "net"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "_orig_mod.module.", "module.module.", "model.",
+                                    "model._orig_mod.", "module.model.net.module."])
 def test_training_checkpoint(tmp_path, state, key, prefix):
     parameters = [torch.nn.Parameter(torch.ones(4))]
     optimizer = torch.optim.AdamW(parameters)
@@ -45,10 +46,24 @@ def test_training_checkpoint(tmp_path, state, key, prefix):
         key: collections.OrderedDict((prefix + k, v) for k, v in state.items()),
         "optimizer": optimizer.state_dict(),
         "best_loss": np.float64(0.25),
+        "loss": torch.tensor(0.5),  # tensors beside the model make no model of what is around it
+        "rng_state": torch.get_rng_state(),
         "losses": [0.5, 0.25],
         "note": None,
     }
     check(checkpoint.load(save(tmp_path / "x.pth", content)), state)
+
+
+def test_wrappers_inside_and_two_levels_down(tmp_path, state):
+    inside = {f"encoder._orig_mod.module.{k}": v for k, v in state.items()} | {"decoder.module.d": torch.ones(2)}
+    loaded = checkpoint.load(save(tmp_path / "x.pth", {"checkpoint": {"model": inside, "ema": {"decay": 1}}}))
+    assert list(loaded) == [f"encoder.{k}" for k in state] + ["decoder.d"]
+
+
+def test_names_that_wrappers_told_apart(tmp_path):
+    content = {"module.a": torch.ones(2), "_orig_mod.a": torch.zeros(2)}
+    with pytest.raises(checkpoint.CheckpointError, match="two tensors are both 'a'.*'_orig_mod.a'"):
+        checkpoint.load(save(tmp_path / "x.pth", content))
 
 
 def test_state_dict_of_a_module(tmp_path):
