@@ -4,6 +4,8 @@
 /// MICROTOME_TARGET names; then nothing that is compiled for a CPU is in these headers.
 #pragma once
 
+#include "macros_off.hpp"
+
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -68,3 +70,5 @@ inline std::string target_complaint() {
 }
 
 }  // namespace microtome::kernels
+
+#include "macros_on.hpp"

@@ -11,7 +11,11 @@
 /// tokens where they are.
 #pragma once
 
+#include "macros_off.hpp"
+
 #include <cstddef>
+
+#include "strict_math.hpp"
 
 namespace microtome::kernels {
 
@@ -204,3 +208,5 @@ struct table {
 };
 
 }  // namespace microtome::kernels
+
+#include "macros_on.hpp"

@@ -1,6 +1,8 @@
 /// The kernel table of the target that this translation unit is compiled for.
 #pragma once
 
+#include "macros_off.hpp"
+
 // Up to version 12 g++ takes the "undefined" operand of its own AVX-512 intrinsics for a variable
 // that somebody forgot to set (GCC bug 105593), and says so at each place that they are inlined to.
 // All kernels come in here, so that who includes microtome sees nothing of it, whatever the flags.
@@ -63,3 +65,5 @@ inline constexpr table kernel_table{
 }  // namespace MICROTOME_TARGET_NAMESPACE
 
 }  // namespace microtome::kernels
+
+#include "macros_on.hpp"

@@ -4,6 +4,8 @@
 /// tells how to write another.
 #pragma once
 
+#include "macros_off.hpp"
+
 #include <cstddef>
 #include <type_traits>
 
@@ -115,3 +117,5 @@ constexpr ptrdiff_t round_up(ptrdiff_t n, ptrdiff_t multiple) {
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE
 
 #include "batch.hpp"
+
+#include "macros_on.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <version>
 
 #ifdef __cpp_lib_bit_cast
@@ -19,3 +21,5 @@ constexpr To bit_cast(const From& from) {
 }
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <optional>
 #include <string>
 #include <vector>
@@ -175,3 +177,5 @@ inline lite_medsam_config lite_medsam_config::from(const safetensors& file) {
 }
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -84,3 +86,5 @@ inline tensor<double> distance_transform(view<const std::uint8_t> sites,
 }
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

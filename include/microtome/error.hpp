@@ -1,8 +1,12 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <sstream>
 #include <stdexcept>
 #include <string>
+
+#include <kernels/strict_math.hpp>
 
 namespace microtome {
 
@@ -22,3 +26,5 @@ template <class... Parts>
 }
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

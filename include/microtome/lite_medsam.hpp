@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 #include <filesystem>
 #include <optional>
@@ -226,3 +228,5 @@ private:
 };
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

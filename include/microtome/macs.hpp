@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 
 #include <microtome/config.hpp>
@@ -49,3 +51,5 @@ inline index_t encoder_macs(const lite_medsam_config& config) {
 }
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

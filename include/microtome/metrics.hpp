@@ -1,6 +1,8 @@
 /// How good a segmentation is: Dice coefficient and normalised surface distance.
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -131,19 +133,21 @@ inline double normalised_surface_distance(view<const std::uint8_t> a, view<const
     return s;
   };
   const surface sa = surface_of(a), sb = surface_of(b);
-  double near = 0, all = 0;
+  double close = 0, all = 0;
   const auto add = [&](const surface& of, const surface& to) {
     for (index_t i = 0; i < of.codes.size(); ++i) {
       if (!of.border[i]) continue;
       const double size =
           flat ? detail::contour_length(of.codes[i], spacing) : elements.area(of.codes[i]);
       all += size;
-      if (to.distance[i] <= tolerance) near += size;
+      if (to.distance[i] <= tolerance) close += size;
     }
   };
   add(sa, sb);
   add(sb, sa);
-  return near / all;
+  return close / all;
 }
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

@@ -1,6 +1,8 @@
 /// Area and bilinear interpolation of images.
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -190,10 +192,10 @@ inline bilinear_tap bilinear_position(index_t i, index_t from, index_t to) {
 }
 
 /// Bilinear interpolation of the top-left part (crop_h, crop_w) of `plane` (h, w) to the size of
-/// `out`, rows row_begin to row_end of it. Calls emit(y, x, value) for each pixel.
-template <class Emit>
+/// `out`, rows row_begin to row_end of it. Calls visit(y, x, value) for each pixel.
+template <class Visit>
 void resize_bilinear(view<const float> plane, index_t crop_h, index_t crop_w, index_t out_h,
-                     index_t out_w, index_t row_begin, index_t row_end, Emit&& emit) {
+                     index_t out_w, index_t row_begin, index_t row_end, Visit&& visit) {
   std::vector<bilinear_tap> columns(static_cast<std::size_t>(out_w));
   for (index_t x = 0; x < out_w; ++x)
     columns[static_cast<std::size_t>(x)] = bilinear_position(x, crop_w, out_w);
@@ -208,9 +210,11 @@ void resize_bilinear(view<const float> plane, index_t crop_h, index_t crop_w, in
       const bilinear_tap& tap = columns[static_cast<std::size_t>(x)];
       const float left = row[static_cast<std::size_t>(tap.low)];
       const float right = row[static_cast<std::size_t>(tap.high)];
-      emit(y, x, left + (right - left) * tap.part);
+      visit(y, x, left + (right - left) * tap.part);
     }
   }
 }
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <cmath>
 #include <optional>
 #include <string>
@@ -463,3 +465,5 @@ private:
 };
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -164,3 +166,5 @@ public:
 };
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -195,3 +197,5 @@ private:
 };
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

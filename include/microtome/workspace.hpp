@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 #include <cassert>
 #include <span>
@@ -130,3 +132,5 @@ private:
 };
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

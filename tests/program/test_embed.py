@@ -2,8 +2,10 @@
 compiler line, gives what the program gives."""
 
 import os
+import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 
@@ -92,3 +94,90 @@ def test_from_one_header(run, tiny_model, image, tmp_path, target, flags):
     if target and re.search(rf"^  {target} +this CPU lacks", run("info").stdout, re.M):
         pytest.skip(f"compiled; not run, since this CPU lacks {target}")
     check(tmp_path / "main", run, tiny_model, image, tmp_path)
+
+
+# What headers that are often included before others define as macros: Qt, windows.h, X11, macOS, Arduino, C.
+HOSTILE = """
+#define emit
+#define slots
+#define signals public
+#define foreach(x, y) for (x : y)
+#define forever for (;;)
+#define min(a, b) (((a) < (b)) ? (a) : (b))
+#define max(a, b) (((a) > (b)) ? (a) : (b))
+#define small char
+#define near
+#define far
+#define interface struct
+#define IN
+#define OUT
+#define OPTIONAL
+#define ERROR 0
+#define DELETE 1
+#define Success 0
+#define Status int
+#define None 0L
+#define Bool int
+#define True 1
+#define False 0
+#define Always 2
+#define Above 0
+#define Below 1
+#define Complex 0
+#define Convex 2
+#define Unsorted 0
+#define check(x)
+#define verify(x)
+#define require(x, y)
+#define nil 0
+#define abs(x) ((x) > 0 ? (x) : -(x))
+#define round(x) ((x) >= 0 ? (long)((x) + 0.5) : (long)((x) - 0.5))
+#define sq(x) ((x) * (x))
+#define bit(b) (1UL << (b))
+#define word unsigned
+#define F(x) x
+#define PI 3.14
+#define radians(x) ((x) * 0.01)
+#define degrees(x) ((x) * 57)
+#define constrain(x, a, b) ((x) < (a) ? (a) : (x))
+#define HIGH 1
+#define LOW 0
+#define I 1
+#define index strchr
+#define border(a) (a)
+#define major(x) (x)
+#define minor(x) (x)
+"""
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_after_headers_that_define_words(dispatch, run, tiny_model, image, tmp_path):
+    """Every public header means what it says where words are macros, and gives the macros back: `emit`, which
+    Qt defines as nothing, once made a call of a comma expression, and every mask empty without a warning."""
+    folder = ROOT / "include" / "microtome"
+    headers = sorted(f"microtome/{path.relative_to(folder)}" for path in folder.rglob("*.hpp"))
+    includes = [line for line in (EXAMPLE / "main.cpp").read_text().splitlines() if line.startswith("#include <")]
+    standard = "\n".join(line for line in includes if "microtome" not in line)
+    main = (EXAMPLE / "main.cpp").read_text().split("#include <microtome/microtome.hpp>")[1]
+    names = re.findall(r"#define (\w+)", HOSTILE)
+    kept = "\n".join(f"#ifndef {name}\n#error {name} is gone\n#endif\n#undef {name}" for name in names)
+    text = "\n".join([standard, HOSTILE, *(f"#include <{header}>" for header in headers), kept, main])
+    (tmp_path / "main.cpp").write_text(text)
+    flags = ["-DMICROTOME_DISPATCH"] if dispatch else ["-march=x86-64-v3" if X86 else "-march=native"]
+    build = pathlib.Path(os.environ.get("MICROTOME_BUILD", ROOT / "build" / "release"))
+    library = [next(build.rglob("libmicrotome_dispatch.a"))] if dispatch else []
+    subprocess.run(["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", *flags, "-fopenmp", "-I", ROOT,
+                    "-I", ROOT / "include", "main.cpp", *library, "-o", "main", "-lzip", "-lspng"],
+                   check=True, cwd=tmp_path)
+    check(tmp_path / "main", run, tiny_model, image, tmp_path)
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-ffinite-math-only"])
+def test_relaxed_arithmetic_is_refused(compiler, flag, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    (tmp_path / "main.cpp").write_text("#include <microtome/microtome.hpp>\n")
+    done = subprocess.run([compiler, "-std=c++20", flag, "-fsyntax-only", "-DMICROTOME_DISPATCH", "-I", ROOT,
+                           "-I", ROOT / "include", "main.cpp"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0 and "compile this file without -ffast-math" in done.stderr

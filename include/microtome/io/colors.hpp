@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -28,3 +30,5 @@ inline rgb label_color(int label) {
 }
 
 }  // namespace microtome::io
+
+#include <kernels/macros_on.hpp>

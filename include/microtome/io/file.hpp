@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -148,3 +150,5 @@ inline void replace_file(const std::filesystem::path& path, std::span<const std:
 }
 
 }  // namespace microtome::io
+
+#include <kernels/macros_on.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <charconv>
 #include <cstdint>
 #include <cstring>
@@ -194,3 +196,5 @@ inline std::pair<npy_header, std::size_t> parse_npy_header(std::span<const std::
 }
 
 }  // namespace microtome::io
+
+#include <kernels/macros_on.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 #include <cstdint>
 #include <span>
@@ -107,3 +109,5 @@ inline tensor<std::uint8_t> make_overlay(view<const std::uint8_t> image,
 }
 
 }  // namespace microtome::io
+
+#include <kernels/macros_on.hpp>

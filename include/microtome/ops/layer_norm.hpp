@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <string>
 
 #include <microtome/ops/linear.hpp>
@@ -60,3 +62,5 @@ private:
 };
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>
