@@ -203,7 +203,8 @@ int run_bench(const bench_options& options) {
                                            {"gflops", gflops},
                                            {"peak_gflops", peak},
                                            {"peak_rss_mb", peak_rss_mb()}};
-    std::printf("%s\n", result.dump().c_str());
+    std::printf("%s\n",
+                result.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
     return 0;
   }
   std::printf("%s, %d threads, %d runs, %s%s\n", kernels::active().description, s.threads(),

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <filesystem>
 #include <set>
@@ -8,6 +9,7 @@
 #include <microtome/io/case.hpp>
 #include <microtome/metrics.hpp>
 
+#include "cases.hpp"
 #include "commands.hpp"
 
 namespace microtome::app {
@@ -45,12 +47,8 @@ std::vector<pair_of_files> find_pairs(const eval_options& options) {
   if (!fs::is_directory(options.segs))
     throw usage_error(options.segs + ": expected a folder, as " + options.truths + " is one");
   std::vector<pair_of_files> pairs;
-  for (const fs::directory_entry& entry : fs::directory_iterator(options.truths))
-    if (entry.path().extension() == ".npz")
-      pairs.push_back({fs::path(options.segs) / entry.path().filename(), entry.path()});
-  if (pairs.empty()) throw usage_error(options.truths + ": no .npz files in this folder");
-  std::sort(pairs.begin(), pairs.end(),
-            [](const auto& a, const auto& b) { return a.truth < b.truth; });
+  for (const fs::path& truth : find_cases(options.truths))
+    pairs.push_back({fs::path(options.segs) / truth.filename(), truth});
   return pairs;
 }
 
@@ -71,7 +69,7 @@ index_t voxels(const tensor<std::uint8_t>& mask) {
 std::vector<row> compare(const pair_of_files& files, double tolerance) {
   const label_map truth = io::read_labels(files.truth, "gts");
   const label_map segs = io::read_labels(files.segs, "segs");
-  const std::array<double, 3> spacing = io::read_spacing(files.truth);
+  const auto spacing = io::read_spacing(files.truth);
   if (!(truth.extents() == segs.extents()))
     fail(files.segs.string(), ": segs has shape ", to_string(segs.extents()), ", expected ",
          to_string(truth.extents()), " as gts of ", files.truth.string());
@@ -84,12 +82,16 @@ std::vector<row> compare(const pair_of_files& files, double tolerance) {
       std::fprintf(stderr, "%s: label %d is in segs but not in gts; left out\n", name.c_str(),
                    label);
   if (expected.empty()) std::fprintf(stderr, "%s: gts holds no label\n", name.c_str());
+  if (!spacing)
+    std::fprintf(stderr, "%s: no spacing, so the surface distance's %g mm are %g pixels\n",
+                 name.c_str(), tolerance, tolerance);
 
+  constexpr std::array<double, 3> unit{1, 1, 1};
   std::vector<row> rows;
   for (const std::uint16_t label : expected) {
     const tensor<std::uint8_t> a = mask_of(truth, label), b = mask_of(segs, label);
     rows.push_back({name, label, voxels(a), voxels(b), dice(a, b),
-                    normalised_surface_distance(a, b, spacing, tolerance)});
+                    normalised_surface_distance(a, b, spacing.value_or(unit), tolerance)});
   }
   return rows;
 }
@@ -147,7 +149,8 @@ command add_eval(CLI::App& app) {
                  ".npz file with gts (and spacing, mm along x, y, z), or a folder of them")
       ->required();
   app.add_option("-o,--output", options->output, "CSV file, a row for each label of each case");
-  app.add_option("--tolerance", options->tolerance, "of the surface distance, mm")
+  app.add_option("--tolerance", options->tolerance,
+                 "of the surface distance, mm; pixels where a file has no spacing")
       ->check(CLI::Range(0.0, 1000.0))
       ->capture_default_str();
   return [options] { return run_eval(*options); };

@@ -74,6 +74,14 @@ void progress::failed(std::size_t worker, const std::string& name, const std::st
   draw();
 }
 
+void progress::box_failed(const std::string& name, const std::string& why) {
+  const std::lock_guard lock(mutex_);
+  ++failures_;
+  clear();
+  std::fprintf(stderr, "%s: FAILED: %s\n", name.c_str(), why.c_str());
+  draw();
+}
+
 void progress::end_case(std::size_t worker) {
   ++done_;
   active_[worker] = {};

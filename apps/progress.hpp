@@ -26,6 +26,9 @@ public:
   /// The worker's case failed.
   void failed(std::size_t worker, const std::string& name, const std::string& why);
 
+  /// One box of a case failed; the case goes on.
+  void box_failed(const std::string& name, const std::string& why);
+
   std::size_t failures() const { return failures_; }
 
 private:

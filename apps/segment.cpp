@@ -42,7 +42,7 @@ struct job {
 };
 
 bool is_png(const fs::path& path) {
-  return path.extension() == ".png";
+  return has_extension(path, ".png");
 }
 
 pixel_box parse_box(const std::string& text) {
@@ -64,12 +64,12 @@ std::vector<job> find_jobs(const segment_options& options) {
       files.emplace_back(input);
       continue;
     }
-    std::vector<fs::path> found;
-    for (const fs::directory_entry& entry : fs::directory_iterator(input))
-      if (entry.path().extension() == ".npz" || (is_png(entry.path()) && !options.boxes.empty()))
-        found.push_back(entry.path());
-    if (found.empty()) throw usage_error(input + ": no .npz cases in this folder");
-    std::sort(found.begin(), found.end());
+    const std::vector<fs::path> found = list_folder(input, [&](const fs::path& path) {
+      return has_extension(path, ".npz") || (is_png(path) && !options.boxes.empty());
+    });
+    if (found.empty())
+      throw usage_error(input + ": no .npz cases in this folder" +
+                        (options.boxes.empty() ? " (PNG images need a --box)" : ""));
     files.insert(files.end(), found.begin(), found.end());
   }
   std::set<fs::path> inputs;
@@ -83,17 +83,32 @@ std::vector<job> find_jobs(const segment_options& options) {
                         other->second.string());
   };
   std::vector<job> jobs;
+  std::vector<std::pair<fs::path, fs::path>> slices;  // of pictures of what may be a volume
   for (const fs::path& file : files) {
-    if (!is_png(file) && file.extension() != ".npz")
+    if (!is_png(file) && !has_extension(file, ".npz"))
       throw usage_error(file.string() + ": expected .npz or .png");
     if (is_png(file) && options.boxes.empty())
       throw usage_error(file.string() + ": an image needs at least one --box x0,y0,x1,y1");
     const fs::path output = fs::path(options.output) / file.filename();
     claim(output, file);
-    if (!options.overlay.empty())
-      claim(fs::path(options.overlay) / file.stem().concat(".png"), file);
+    if (!options.overlay.empty()) {
+      const fs::path picture = fs::path(options.overlay) / file.stem();
+      claim(fs::path(picture).concat(".png"), file);
+      if (!is_png(file)) slices.emplace_back(picture, file);
+    }
     jobs.push_back({file, output});
   }
+  // Of a volume x there are pictures x_z012.png: another file may not have that name.
+  for (const auto& [picture, file] : slices)
+    for (const auto& [target, other] : claims) {
+      const fs::path place = fs::weakly_canonical(picture);
+      const std::string name = target.stem().string(), stem = place.filename().string() + "_z";
+      if (other != file && target.parent_path() == place.parent_path() && name.starts_with(stem) &&
+          name.size() > stem.size() &&
+          name.find_first_not_of("0123456789", stem.size()) == name.npos)
+        throw usage_error(target.string() + ": would be written for " + other.string() +
+                          ", and for a slice of " + file.string() + ", should that be a volume");
+    }
   if (!options.boxes.empty() &&
       std::none_of(files.begin(), files.end(), [](const fs::path& f) { return is_png(f); }))
     throw usage_error("--box is for PNG images; .npz cases bring their own boxes");
@@ -143,8 +158,17 @@ void write_overlays(const fs::path& folder, const std::string& stem, const io::v
 using clock = std::chrono::steady_clock;
 
 io::segmentation_case read_input(const job& j, const std::vector<pixel_box>& boxes) {
-  if (is_png(j.input)) return io::image_case{io::read_png(j.input), boxes};
-  return io::read_case(j.input);
+  if (!is_png(j.input)) return io::read_case(j.input);
+  io::image_case read{{}, boxes, {}};
+  read.image = io::read_png(j.input, &read.note);
+  return read;
+}
+
+std::string note_of(const io::image_case& c) {
+  return c.note.empty() ? "" : "; " + c.note;
+}
+std::string note_of(const io::volume_case&) {
+  return "";
 }
 
 /// Writes what was found in a case; returns a description of it.
@@ -162,9 +186,13 @@ std::string write_result(const job& j, const segment_options& options,
         std::snprintf(text, sizeof text, "%td slice%s, %zu box%s, %.2f s", slices,
                       slices == 1 ? "" : "s", c.boxes.size(), c.boxes.size() == 1 ? "" : "es",
                       took.count());
-        return std::string(text);
+        return text + note_of(c);
       },
       input);
+}
+
+std::size_t number_of_boxes(const io::segmentation_case& input) {
+  return std::visit([](const auto& c) { return c.boxes.size(); }, input);
 }
 
 /// A case that is being read.
@@ -185,7 +213,7 @@ public:
         threads_(options.threads > 0 ? options.threads : default_threads()),
         report_(jobs_.size(), workers_) {}
 
-  /// Returns how many cases failed.
+  /// Returns how many cases, and boxes of others, failed.
   std::size_t run() {
     std::optional<coming_case> first = take();  // read while the model is loaded
     const lite_medsam model = lite_medsam::load(
@@ -220,8 +248,14 @@ private:
       attempt(worker, j, [&] {
         const clock::time_point start = clock::now();
         io::segmentation_case input = current->input.get();
+        std::vector<std::string> complaints;
         label_map labels = segment_case(
-            s, input, [&](index_t done, index_t total) { report_.step(worker, done, total); });
+            s, input, [&](index_t done, index_t total) { report_.step(worker, done, total); },
+            [&](std::size_t, const std::string& complaint) { complaints.push_back(complaint); });
+        if (!complaints.empty() && complaints.size() == number_of_boxes(input))
+          fail("none of its boxes can be segmented: ", complaints[0]);
+        for (const std::string& complaint : complaints)
+          report_.box_failed(j.input.filename().string(), complaint);
         if (writing.valid()) writing.get();
         writing = std::async(policy(), [this, worker, &j, input = std::move(input),
                                         labels = std::move(labels), start] {

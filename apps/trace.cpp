@@ -76,7 +76,9 @@ int run_trace(const trace_options& options) {
   s.encode(pixels);
   std::vector<box> boxes;
   for (std::size_t i = 0; i < image->boxes.size(); ++i) {
-    check_box(image->boxes[i], i, fit.height, fit.width);
+    if (const std::string bad = box_complaint(image->boxes[i], i, fit.height, fit.width);
+        !bad.empty())
+      fail(options.input, ": ", bad);
     boxes.push_back(fit.to_input(image->boxes[i]));
   }
   const decoded_masks masks = s.decode(boxes);

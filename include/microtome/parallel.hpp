@@ -1,7 +1,9 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
+#include <algorithm>
 #include <cstddef>
-#include <thread>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -12,10 +14,10 @@
 namespace microtome {
 
 /// Threads that `threads = 0` stands for: what OpenMP would use (OMP_NUM_THREADS, the CPUs
-/// allowed).
+/// allowed), at most 1024, beyond which systems refuse to start more.
 inline int default_threads() {
 #ifdef _OPENMP
-  return omp_get_max_threads();
+  return std::clamp(omp_get_max_threads(), 1, 1024);
 #else
   return 1;
 #endif
@@ -38,3 +40,5 @@ void parallel_for(int threads, index_t tasks, Function&& f) {
 }
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

@@ -1,11 +1,14 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <span>
+#include <sstream>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -15,12 +18,12 @@
 
 namespace microtome {
 
-/// A box around one object in pixels of the original image: x0 <= x < x1, y0 <= y < y1.
+/// A box around one object in pixels of the original image, from x0, y0 to x1, y1.
 struct pixel_box {
   index_t x0 = 0, y0 = 0, x1 = 0, y1 = 0;
 };
 
-/// A box in a volume; slices z0 to z1, both included (z1 may also be the number of slices).
+/// A box in a volume; slices z0 to z1, both included.
 struct voxel_box {
   index_t x0 = 0, y0 = 0, z0 = 0, x1 = 0, y1 = 0, z1 = 0;
 };
@@ -68,8 +71,8 @@ struct fitted_image {
 inline fitted_image preprocess(view<const std::uint8_t> image, index_t side, view<float> out) {
   const index_t channels = image.extent(2);
   const fitted_image fit = fitted_image::of(image.extent(0), image.extent(1), side);
-  const tensor<std::uint8_t> small = resize_area(image, fit.scaled_height, fit.scaled_width);
-  const auto [low, high] = std::minmax_element(small.begin(), small.end());
+  const tensor<std::uint8_t> shrunk = resize_area(image, fit.scaled_height, fit.scaled_width);
+  const auto [low, high] = std::minmax_element(shrunk.begin(), shrunk.end());
   const float minimum = *low;
   const float range = std::max(static_cast<float>(*high) - minimum, 1e-8f);
   std::fill(out.begin(), out.end(), 0.0f);
@@ -77,7 +80,7 @@ inline fitted_image preprocess(view<const std::uint8_t> image, index_t side, vie
     for (index_t x = 0; x < fit.scaled_width; ++x)
       for (index_t c = 0; c < 3; ++c) {
         const index_t from = (y * fit.scaled_width + x) * channels + (channels == 3 ? c : 0);
-        out[(y * side + x) * 3 + c] = (static_cast<float>(small[from]) - minimum) / range;
+        out[(y * side + x) * 3 + c] = (static_cast<float>(shrunk[from]) - minimum) / range;
       }
   return fit;
 }
@@ -85,16 +88,40 @@ inline fitted_image preprocess(view<const std::uint8_t> image, index_t side, vie
 /// Called after every step of a segmentation with the steps done and their total.
 using progress_callback = std::function<void(index_t done, index_t total)>;
 
-/// Throws `error` where box `number` is empty, reversed or reaches outside an image.
-inline void check_box(const pixel_box& b, std::size_t number, index_t height, index_t width) {
-  const auto box_text = [&] {
-    return "box " + std::to_string(number) + " (" + std::to_string(b.x0) + ", " +
-           std::to_string(b.y0) + ", " + std::to_string(b.x1) + ", " + std::to_string(b.y1) + ")";
-  };
-  if (b.x0 >= b.x1 || b.y0 >= b.y1)
-    fail(box_text(), " is empty or reversed: expected x0 < x1 and y0 < y1");
-  if (b.x0 < 0 || b.y0 < 0 || b.x1 > width || b.y1 > height)
-    fail(box_text(), " reaches outside the image of ", width, " x ", height, " pixels");
+/// Called with a box that cannot be segmented, by its number from 0, and what is wrong with it.
+using bad_box_callback = std::function<void(std::size_t number, const std::string& complaint)>;
+
+/// What is wrong with box `number` in an image of height x width pixels; empty where nothing is. As
+/// for LiteMedSAM's script, a box may be as thin as a line (tools that count the last pixel in
+/// write x0 = x1 for one column) and may reach outside, as long as it touches the image.
+inline std::string box_complaint(const pixel_box& b, std::size_t number, index_t height,
+                                 index_t width) {
+  const char* problem = nullptr;
+  if (b.x0 > b.x1 || b.y0 > b.y1)
+    problem = " is reversed: expected x0 <= x1 and y0 <= y1";
+  else if (b.x1 < 0 || b.y1 < 0 || b.x0 > width || b.y0 > height)
+    problem = " lies outside the image of ";
+  if (!problem) return "";
+  std::ostringstream text;
+  text << "box " << number << " (" << b.x0 << ", " << b.y0 << ", " << b.x1 << ", " << b.y1 << ')'
+       << problem;
+  if (b.x0 <= b.x1 && b.y0 <= b.y1) text << width << " x " << height << " pixels";
+  return text.str();
+}
+
+/// What is wrong with box `number` in a volume (D, H, W) of `extents`; empty where nothing is. Its
+/// slices may reach outside, too, but the middle one may not.
+inline std::string box_complaint(const voxel_box& b, std::size_t number, const shape& extents) {
+  const std::string plane =
+      box_complaint(pixel_box{b.x0, b.y0, b.x1, b.y1}, number, extents[1], extents[2]);
+  if (!plane.empty()) return plane;
+  std::ostringstream text;
+  if (b.z0 > b.z1)
+    text << "box " << number << " is reversed: z0 = " << b.z0 << " is above z1 = " << b.z1;
+  else if (b.z0 + b.z1 < 0 || middle_slice(b) >= extents[0])
+    text << "box " << number << " spans slices " << b.z0 << " to " << b.z1
+         << ", whose middle is outside the volume of " << extents[0] << " slices";
+  return text.str();
 }
 
 namespace detail {
@@ -102,6 +129,16 @@ namespace detail {
 inline void check_box_count(std::size_t count) {
   if (count > static_cast<std::size_t>(max_boxes))
     fail(count, " boxes, at most ", max_boxes, " are possible");
+}
+
+/// Passes a complaint on, or throws it as an `error` where nobody wants it. Returns whether there
+/// is none.
+inline bool good_box(const std::string& complaint, std::size_t number,
+                     const bad_box_callback& bad_box) {
+  if (complaint.empty()) return true;
+  if (!bad_box) fail(complaint);
+  bad_box(number, complaint);
+  return false;
 }
 
 /// Draws a mask over `labels` (H, W) at full resolution, rows shared out over the threads.
@@ -121,28 +158,31 @@ void draw_mask(int threads, const float* logits, const fitted_image& fit, Label 
 }  // namespace detail
 
 /// Segments an image (H, W, 3) or (H, W, 1): one mask per box, later boxes over earlier ones.
-/// Throws `error` where a box is empty, reversed or reaches outside the image.
+/// Throws `error` where box_complaint() has something to say about a box, before anything is
+/// computed; or tells `bad_box` of it and leaves its label out.
 inline label_map segment(session& s, view<const std::uint8_t> image,
-                         std::span<const pixel_box> boxes) {
+                         std::span<const pixel_box> boxes, const bad_box_callback& bad_box = {}) {
   const index_t side = s.model().config.image_size;
   detail::check_box_count(boxes.size());
+  std::vector<std::size_t> good;
   for (std::size_t i = 0; i < boxes.size(); ++i)
-    check_box(boxes[i], i, image.extent(0), image.extent(1));
+    if (detail::good_box(box_complaint(boxes[i], i, image.extent(0), image.extent(1)), i, bad_box))
+      good.push_back(i);
   label_map labels(shape{image.extent(0), image.extent(1)});
-  if (boxes.empty()) return labels;
+  if (good.empty()) return labels;
 
   tensor<float> input(shape{side * side, 3});
   const fitted_image fit = preprocess(image, side, input);
   s.encode(input);
   constexpr std::size_t at_once = 32;
-  for (std::size_t start = 0; start < boxes.size(); start += at_once) {
+  for (std::size_t start = 0; start < good.size(); start += at_once) {
     std::vector<box> prompts;
-    for (std::size_t i = start; i < std::min(boxes.size(), start + at_once); ++i)
-      prompts.push_back(fit.to_input(boxes[i]));
+    for (std::size_t i = start; i < std::min(good.size(), start + at_once); ++i)
+      prompts.push_back(fit.to_input(boxes[good[i]]));
     const decoded_masks masks = s.decode(prompts);
     for (std::size_t i = 0; i < prompts.size(); ++i)
       detail::draw_mask(s.threads(), masks.low_res_masks.row(static_cast<index_t>(i)), fit,
-                        static_cast<std::uint16_t>(start + i + 1), labels);
+                        static_cast<std::uint16_t>(good[start + i] + 1), labels);
   }
   return labels;
 }
@@ -163,9 +203,9 @@ inline label_map segment(session& s, view<const std::uint8_t> image,
 /// once and its prompts are decoded as a batch, where the original encodes it once per object.
 class volume_segmenter {
 public:
-  /// `volume` must outlive this object. Throws `error` for a box that is empty, reversed or
-  /// outside.
-  volume_segmenter(session& s, view<const std::uint8_t> volume, std::span<const voxel_box> boxes)
+  /// `volume` must outlive this object. Bad boxes are thrown or told of, as by segment().
+  volume_segmenter(session& s, view<const std::uint8_t> volume, std::span<const voxel_box> boxes,
+                   const bad_box_callback& bad_box = {})
       : session_(s),
         volume_(volume),
         fit_(fitted_image::of(volume.extent(1), volume.extent(2), s.model().config.image_size)),
@@ -173,7 +213,9 @@ public:
         labels_(volume.extents()),
         mask_(shape{fit_.height, fit_.width, 1}) {
     detail::check_box_count(boxes.size());
-    for (std::size_t i = 0; i < boxes.size(); ++i) add_object(boxes[i], i);
+    for (std::size_t i = 0; i < boxes.size(); ++i)
+      if (detail::good_box(box_complaint(boxes[i], i, volume.extents()), i, bad_box))
+        add_object(boxes[i], i);
   }
 
   label_map run(const progress_callback& progress = {}) {
@@ -205,15 +247,9 @@ private:
   };
 
   void add_object(const voxel_box& b, std::size_t i) {
-    const index_t depth = volume_.extent(0);
-    const pixel_box plane{b.x0, b.y0, b.x1, b.y1};
-    check_box(plane, i, volume_.extent(1), volume_.extent(2));
-    if (b.z0 > b.z1) fail("box ", i, " is reversed: z0 = ", b.z0, " is above z1 = ", b.z1);
-    if (b.z0 < 0 || b.z0 >= depth || b.z1 > depth)
-      fail("box ", i, " spans slices ", b.z0, " to ", b.z1, ", outside the volume of ", depth,
-           " slices");
-    const box prompt = fit_.to_input(plane);
-    objects_.push_back({b.z0, middle_slice(b), std::min(b.z1, depth - 1), prompt,
+    const box prompt = fit_.to_input({b.x0, b.y0, b.x1, b.y1});
+    objects_.push_back({std::max<index_t>(b.z0, 0), middle_slice(b),
+                        std::min(b.z1, volume_.extent(0) - 1), prompt,
                         static_cast<std::uint16_t>(i + 1), prompt, prompt});
   }
 
@@ -270,11 +306,11 @@ private:
   /// Bounding box of mask_ in the model's input, widened by 3; the original box where it is empty.
   box next_prompt(const object& o) const {
     if (o.drawn() == 0) return o.prompt;
-    const tensor<std::uint8_t> small = resize_area(mask_, fit_.scaled_height, fit_.scaled_width);
+    const tensor<std::uint8_t> shrunk = resize_area(mask_, fit_.scaled_height, fit_.scaled_width);
     index_t x0 = fit_.side, y0 = fit_.side, x1 = -1, y1 = -1;
     for (index_t y = 0; y < fit_.scaled_height; ++y)
       for (index_t x = 0; x < fit_.scaled_width; ++x)
-        if (small[y * fit_.scaled_width + x]) {
+        if (shrunk[y * fit_.scaled_width + x]) {
           x0 = std::min(x0, x);
           x1 = std::max(x1, x);
           y0 = std::min(y0, y);
@@ -305,8 +341,11 @@ private:
 
 /// Segments a volume (D, H, W); see volume_segmenter. `progress` counts objects times slices.
 inline label_map segment(session& s, view<const std::uint8_t> volume,
-                         std::span<const voxel_box> boxes, const progress_callback& progress = {}) {
-  return volume_segmenter(s, volume, boxes).run(progress);
+                         std::span<const voxel_box> boxes, const progress_callback& progress = {},
+                         const bad_box_callback& bad_box = {}) {
+  return volume_segmenter(s, volume, boxes, bad_box).run(progress);
 }
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

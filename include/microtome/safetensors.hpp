@@ -1,6 +1,9 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
+#include <array>
 #include <bitset>
 #include <cmath>
 #include <cstdint>
@@ -194,15 +197,45 @@ private:
     return found->second;
   }
 
+  /// What a file is that people take for a model file, by its first bytes, and what to do with it;
+  /// empty where they say nothing.
+  static std::string_view known_mistake(std::string_view start) {
+    using namespace std::string_view_literals;
+    constexpr std::array<std::array<std::string_view, 2>, 9> kinds{{
+        {"PK\3\4"sv,
+         "a ZIP archive, such as PyTorch's checkpoints (.pth) and cases (.npz) are; "
+         "converters/convert.py makes a model file of a checkpoint"sv},
+        {"\x80\2"sv,
+         "a pickle, such as old checkpoints (.pth) are; save it with PyTorch 1.6 or later, "
+         "then converters/convert.py makes a model file of it"sv},
+        {"\x08"sv,
+         "protocol buffers, such as ONNX graphs are; converters/convert.py makes a model file "
+         "of one"sv},
+        {"\x93NUMPY"sv, "a NumPy array (.npy)"sv},
+        {"\x89PNG"sv, "a PNG image"sv},
+        {"\x89HDF"sv, "an HDF5 file"sv},
+        {"\x1f\x8b"sv, "compressed by gzip"sv},
+        {"GGUF"sv, "a GGUF file"sv},
+        {"{"sv, "text, perhaps JSON such as ranges are"sv},
+    }};
+    for (const auto& [magic, what] : kinds)
+      if (start.starts_with(magic)) return what;
+    return "";
+  }
+
   void parse() {
     if (bytes_.size() < 8)
       fail(name_, ": ", bytes_.size(), " bytes, too short for a safetensors file");
     std::uint64_t header_size = 0;
     std::memcpy(&header_size, bytes_.data(), 8);
-    if (header_size > bytes_.size() - 8 || header_size > max_header)
+    if (header_size > bytes_.size() - 8 || header_size > max_header) {
+      const std::string_view start(reinterpret_cast<const char*>(bytes_.data()), 8);
+      if (const std::string_view what = known_mistake(start); !what.empty())
+        fail(name_, ": is no model file, but ", what);
       fail(name_, ": the header claims ", header_size, " bytes, but ", bytes_.size() - 8,
            " bytes follow (and at most ", max_header,
            " are accepted): truncated, or not safetensors");
+    }
     const auto* text = reinterpret_cast<const char*>(bytes_.data()) + 8;
     const nlohmann::json header =
         detail::parse_json({text, static_cast<std::size_t>(header_size)}, name_ + ": the header");
@@ -315,3 +348,5 @@ private:
 };
 
 }  // namespace microtome
+
+#include <kernels/macros_on.hpp>

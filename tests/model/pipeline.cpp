@@ -160,26 +160,65 @@ TEST_CASE("no boxes, tiny images, one colour") {
   CHECK(segment(s, black, std::span(&box, 1)).extents() == shape{30, 40});
 }
 
-TEST_CASE("boxes that make no sense are named") {
+TEST_CASE("boxes as thin as a line, and boxes that reach outside, are objects") {
+  session s(tiny_model());
+  const tensor<std::uint8_t> image = random_pixels({60, 80, 3}, 1);
+  tensor<float> input(shape{52 * 52, 3});
+  const fitted_image fit = preprocess(image, 52, input);
+  for (const pixel_box b : {pixel_box{30, 10, 30, 50}, pixel_box{12, 9, 12, 9},
+                            pixel_box{-1, 10, 40, 20}, pixel_box{5, 10, 81, 61}}) {
+    CAPTURE(b.x0);
+    const label_map labels = segment(s, image, std::span(&b, 1));
+    s.encode(input);
+    const box prompt = fit.to_input(b);
+    const decoded_masks masks = s.decode(std::span(&prompt, 1));
+    resize_bilinear(
+        {masks.low_res_masks.data(), {52, 52}}, fit.scaled_height, fit.scaled_width, 60, 80, 0, 60,
+        [&](index_t y, index_t x, float v) { CHECK(labels[y * 80 + x] == (v > 0 ? 1 : 0)); });
+  }
+}
+
+TEST_CASE("boxes that make no sense are named, and cost the others nothing") {
   session s(tiny_model());
   const tensor<std::uint8_t> image = random_pixels({30, 40, 3}, 1);
+  std::string told;
+  const auto keep = [&](std::size_t number, const std::string& complaint) {
+    told += std::to_string(number) + ": " + complaint + '\n';
+  };
+  const pixel_box good{1, 1, 25, 25};
+  const label_map alone = segment(s, image, std::span(&good, 1));
   const auto flat_error = [&](pixel_box b) {
-    const pixel_box boxes[] = {{1, 1, 5, 5}, b};
+    const pixel_box boxes[] = {b, good, b};
+    told.clear();
+    const label_map labels = segment(s, image, boxes, keep);
+    for (index_t i = 0; i < labels.size(); ++i) CHECK(labels[i] == (alone[i] ? 2 : 0));
+    CHECK(mentions(told, {"0: box 0 (", "2: box 2 ("}));
     return error_of([&] { static_cast<void>(segment(s, image, boxes)); });
   };
-  CHECK(mentions(flat_error({10, 10, 5, 20}), {"box 1", "(10, 10, 5, 20)", "reversed"}));
-  CHECK(mentions(flat_error({10, 10, 10, 20}), {"box 1", "empty"}));
-  CHECK(mentions(flat_error({-1, 10, 10, 20}), {"box 1", "outside", "40 x 30"}));
-  CHECK(mentions(flat_error({1, 10, 41, 20}), {"box 1", "outside"}));
+  CHECK(mentions(flat_error({10, 10, 5, 20}), {"box 0", "(10, 10, 5, 20)", "reversed"}));
+  CHECK(mentions(flat_error({-9, 10, -1, 20}), {"box 0", "outside", "40 x 30"}));
+  CHECK(mentions(flat_error({1, 31, 20, 50}), {"box 0", "outside"}));
   const tensor<std::uint8_t> volume = random_pixels({6, 30, 40}, 1);
+  const voxel_box whole{1, 1, 0, 25, 25, 5};
   const auto deep_error = [&](voxel_box b) {
+    const voxel_box boxes[] = {b, whole};
+    told.clear();
+    const label_map labels = segment(s, volume, boxes, {}, keep);
+    CHECK(mentions(told, {"0: box 0"}));
+    index_t labelled = 0;
+    for (const std::uint16_t label : labels) labelled += label == 2;
+    CHECK(labelled > 0);
     return error_of([&] { static_cast<void>(segment(s, volume, std::span(&b, 1))); });
   };
   CHECK(mentions(deep_error({1, 1, 4, 9, 9, 2}), {"box 0", "z0 = 4", "z1 = 2"}));
   CHECK(mentions(deep_error({1, 1, 6, 9, 9, 6}), {"box 0", "outside the volume of 6"}));
-  CHECK(mentions(deep_error({1, 1, -1, 9, 9, 3}), {"box 0", "outside"}));
-  CHECK(mentions(deep_error({1, 1, 0, 9, 9, 7}), {"box 0", "outside"}));
+  CHECK(mentions(deep_error({1, 1, -5, 9, 9, 3}), {"box 0", "outside"}));
+  CHECK(mentions(deep_error({1, 1, 0, 9, 9, 14}), {"box 0", "outside"}));
   CHECK(mentions(deep_error({9, 1, 0, 1, 9, 3}), {"box 0", "reversed"}));
+  // Slices beyond the ends are none; the object is there all the same.
+  const voxel_box beyond{1, 1, -2, 25, 25, 9};
+  const label_map clipped = segment(s, volume, std::span(&beyond, 1));
+  CHECK(std::count(clipped.begin(), clipped.end(), 1) > 0);
 }
 
 TEST_CASE("preprocessing: longest side fitted, minimum to maximum, zeros beyond") {

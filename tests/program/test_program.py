@@ -164,7 +164,7 @@ def test_bad_cases_are_named_and_the_others_written(run, tiny_model, tmp_path):
     make_case(cases / "good.npz")
     np.savez(cases / "no_boxes.npz", imgs=np.zeros((9, 9, 3), np.uint8))
     np.savez(cases / "floats.npz", imgs=np.zeros((9, 9, 3), np.float32), boxes=np.zeros((0, 4), int))
-    make_case(cases / "outside.npz", boxes=[(0, 0, 62, 9)])
+    make_case(cases / "outside.npz", boxes=[(62, 0, 70, 9)])
     make_case(cases / "reversed.npz", boxes=[(9, 9, 3, 20)])
     make_case(cases / "z.npz", shape=(4, 30, 30), boxes=[(1, 1, 2, 9, 9, 7)])
     (cases / "cut.npz").write_bytes((cases / "good.npz").read_bytes()[:500])
@@ -243,7 +243,7 @@ def test_bad_models(run, tiny_model, tmp_path):
     sound = tiny_model.read_bytes()
     for name, data, why in [("empty", b"", "short"), ("cut", sound[:4000], "truncated"),
                             ("half", sound[: len(sound) // 2], "truncated"),
-                            ("zip", (tmp_path / "a.npz").read_bytes(), "header")]:
+                            ("zip", (tmp_path / "a.npz").read_bytes(), "ZIP archive")]:
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(data)
         done = run("segment", "-m", path, "-i", tmp_path / "a.npz", "-o", tmp_path / "out")

@@ -1,9 +1,13 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -18,6 +22,7 @@ namespace microtome::io {
 struct image_case {
   tensor<std::uint8_t> image;
   std::vector<pixel_box> boxes;
+  std::string note;  ///< what reading it has changed, for people; usually empty
 };
 
 /// A volume (D, H, W) and the boxes in it.
@@ -30,28 +35,22 @@ using segmentation_case = std::variant<image_case, volume_case>;
 
 namespace detail {
 
-template <class T>
-index_t whole_number(const std::uint8_t* bytes, const std::string& what) {
-  T value;
-  std::memcpy(&value, bytes, sizeof(T));
-  constexpr double limit = 1e9;  // far beyond any image
-  const auto number = static_cast<double>(value);
-  if (!(std::abs(number) <= limit) || number != std::floor(number))
-    fail(what, " holds ", number, ", expected whole pixels");
-  return static_cast<index_t>(value);
-}
-
-/// The elements of an integer array, or of a float array that holds whole numbers.
-inline std::vector<index_t> whole_numbers(const npy_array& array, const std::string& what) {
+/// The elements of an array of integers, truth values or floats. Numbers of 64 bits lose what a
+/// double has no place for.
+inline std::vector<double> numbers(const npy_array& array, const std::string& what) {
   const std::string& dtype = array.header.dtype;
   const auto convert = [&]<class T>(T) {
-    std::vector<index_t> numbers;
-    for (index_t i = 0; i < array.header.extents.size(); ++i)
-      numbers.push_back(
-          whole_number<T>(array.bytes.data() + i * static_cast<index_t>(sizeof(T)), what));
-    return numbers;
+    std::vector<double> found(static_cast<std::size_t>(array.header.extents.size()));
+    const std::uint8_t* bytes = array.bytes.data();
+    for (double& number : found) {
+      T value;
+      std::memcpy(&value, bytes, sizeof(T));
+      number = static_cast<double>(value);
+      bytes += sizeof(T);
+    }
+    return found;
   };
-  if (dtype == "|u1") return convert(std::uint8_t{});
+  if (dtype == "|u1" || dtype == "|b1") return convert(std::uint8_t{});
   if (dtype == "|i1") return convert(std::int8_t{});
   if (dtype == "<u2") return convert(std::uint16_t{});
   if (dtype == "<i2") return convert(std::int16_t{});
@@ -61,7 +60,19 @@ inline std::vector<index_t> whole_numbers(const npy_array& array, const std::str
   if (dtype == "<i8") return convert(std::int64_t{});
   if (dtype == "<f4") return convert(float{});
   if (dtype == "<f8") return convert(double{});
-  fail(what, " has dtype '", dtype, "', expected integers");
+  fail(what, " has dtype '", dtype, "', expected integers or floats");
+}
+
+/// The same, all of them whole and below a thousand million.
+inline std::vector<index_t> whole_numbers(const npy_array& array, const std::string& what) {
+  constexpr double limit = 1e9;  // far beyond any image
+  std::vector<index_t> whole;
+  for (const double number : numbers(array, what)) {
+    if (!(std::abs(number) <= limit) || number != std::floor(number))
+      fail(what, " holds ", number, ", expected whole numbers up to ", limit);
+    whole.push_back(static_cast<index_t>(number));
+  }
+  return whole;
 }
 
 }  // namespace detail
@@ -101,6 +112,7 @@ inline segmentation_case read_case(const std::filesystem::path& path) {
   }
   image_case result{
       std::move(imgs.bytes).reshaped({extents[0], extents[1], color ? index_t{3} : index_t{1}}),
+      {},
       {}};
   for (std::size_t i = 0; i + 3 < numbers.size(); i += 4)
     result.boxes.push_back({numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]});
@@ -128,27 +140,20 @@ inline label_map read_labels(const std::filesystem::path& path, const std::strin
 }
 
 /// Distances in mm between voxels along D, H, W, from `spacing` of a .npz file, which the field
-/// keeps in the order x, y, z; 1 mm where there is none.
-inline std::array<double, 3> read_spacing(const std::filesystem::path& path) {
+/// keeps in the order x, y, z; nothing where there is none.
+inline std::optional<std::array<double, 3>> read_spacing(const std::filesystem::path& path) {
   const npz_reader file(path);
+  if (!file.contains("spacing")) return std::nullopt;
   std::array<double, 3> spacing{1, 1, 1};
-  if (!file.contains("spacing")) return spacing;
   const npy_array array = file.read("spacing");
-  const index_t count = array.header.extents.size();
-  if ((array.header.dtype != "<f8" && array.header.dtype != "<f4") || count < 2 || count > 3)
-    fail(path.string(), ": array 'spacing' has dtype '", array.header.dtype, "' and shape ",
-         to_string(array.header.extents), ", expected 2 or 3 floats");
-  for (index_t i = 0; i < count; ++i) {
-    double& value = spacing[static_cast<std::size_t>(2 - i)];
-    if (array.header.dtype == "<f8") {
-      std::memcpy(&value, array.bytes.data() + 8 * i, 8);
-    } else {
-      float narrow = 0;
-      std::memcpy(&narrow, array.bytes.data() + 4 * i, 4);
-      value = narrow;
-    }
-    if (!(value > 0 && value < 1e6))
-      fail(path.string(), ": array 'spacing' holds ", value, ", expected millimetres above 0");
+  const std::string what = path.string() + ": array 'spacing'";
+  const std::vector<double> found = detail::numbers(array, what);
+  if (found.size() < 2 || found.size() > 3)
+    fail(what, " has shape ", to_string(array.header.extents), ", expected 2 or 3 numbers");
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    if (!(found[i] > 0 && found[i] < 1e6))
+      fail(what, " holds ", found[i], ", expected millimetres above 0");
+    spacing[2 - i] = found[i];
   }
   return spacing;
 }
@@ -168,3 +173,5 @@ inline void write_segs(const std::filesystem::path& path, const label_map& label
 }
 
 }  // namespace microtome::io
+
+#include <kernels/macros_on.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -71,6 +73,7 @@ public:
     const std::string what = path_ + ": array '" + name + "'";
     const zip_int64_t entry = zip_name_locate(archive_.get(), (name + ".npy").c_str(), 0);
     if (entry < 0) fail(what, " is missing");
+    const zip_stat_t status = stat(static_cast<zip_uint64_t>(entry), what);
     const std::unique_ptr<zip_file_t, detail::zip_closer> file(
         zip_fopen_index(archive_.get(), static_cast<zip_uint64_t>(entry), 0));
     if (!file) fail(what, " cannot be read: ", zip_strerror(archive_.get()));
@@ -84,8 +87,7 @@ public:
     npy_array array{parse_npy_header(front, what, max_array_bytes).first, {}};
     const index_t width = npy_element_size(array.header.dtype);
     const index_t bytes = array.header.extents.size() * width;
-    check_size(static_cast<zip_uint64_t>(entry), front.size() + static_cast<std::size_t>(bytes),
-               what);
+    check_size(status, front.size() + static_cast<std::size_t>(bytes), what);
     array.bytes = tensor<std::uint8_t>(shape{bytes});
     read_exactly(file.get(),
                  std::as_writable_bytes(std::span(array.bytes.begin(), array.bytes.end())), what);
@@ -106,12 +108,20 @@ private:
     return (wide ? 12 : 10) + low;
   }
 
-  /// Before memory is spent on it: the archive must agree with the array's header about its size,
-  /// and deflate never shrinks data by more than 1032 (https://zlib.net/zlib_tech.html).
-  void check_size(zip_uint64_t entry, std::size_t expected, const std::string& what) const {
+  /// What the archive says of an entry, which must be stored as NumPy stores it.
+  zip_stat_t stat(zip_uint64_t entry, const std::string& what) const {
     zip_stat_t status;
     if (zip_stat_index(archive_.get(), entry, 0, &status) != 0)
       fail(what, " cannot be read: ", zip_strerror(archive_.get()));
+    if (status.comp_method != ZIP_CM_STORE && status.comp_method != ZIP_CM_DEFLATE)
+      fail(what, " is compressed by method ", status.comp_method,
+           " of ZIP archives, expected none or deflate, as NumPy writes");
+    return status;
+  }
+
+  /// Before memory is spent on it: the archive must agree with the array's header about its size,
+  /// and deflate never shrinks data by more than 1032 (https://zlib.net/zlib_tech.html).
+  static void check_size(const zip_stat_t& status, std::size_t expected, const std::string& what) {
     if (status.size != expected)
       fail(what, " takes ", expected, " bytes by its shape, but the archive holds ", status.size);
     constexpr zip_uint64_t most = 1032;
@@ -205,3 +215,5 @@ private:
 };
 
 }  // namespace microtome::io
+
+#include <kernels/macros_on.hpp>

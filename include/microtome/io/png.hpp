@@ -1,8 +1,13 @@
 #pragma once
 
+#include <kernels/macros_off.hpp>
+
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <filesystem>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include <spng.h>
@@ -45,15 +50,41 @@ inline std::vector<std::byte> encode_png(const std::filesystem::path& path, spng
 /// Largest PNG that is read, in pixels: 16384 x 16384.
 inline constexpr index_t max_png_pixels = index_t{1} << 28;
 
-/// Reads any PNG as 8-bit RGB (H, W, 3); transparency is dropped. Needs libspng. Throws `error`
-/// where the file is damaged or larger than max_png_pixels.
-inline tensor<std::uint8_t> read_png(const std::filesystem::path& path) {
+namespace detail {
+
+/// Numbers of 16 bits (n, 4) to bytes (n, 3): the least of all colours becomes 0, the largest 255.
+/// Scans rarely use all 16 bits, so that their upper bytes would hold little of them.
+inline std::string spread_to_8_bits(const std::vector<std::uint16_t>& wide,
+                                    tensor<std::uint8_t>& out) {
+  int low = 65535, high = 0;
+  for (std::size_t i = 0; i < wide.size(); ++i)
+    if (i % 4 != 3) {  // transparency
+      low = std::min<int>(low, wide[i]);
+      high = std::max<int>(high, wide[i]);
+    }
+  const int range = std::max(high - low, 1);
+  for (index_t i = 0; i < out.size(); ++i) {
+    const int value = wide[static_cast<std::size_t>(i / 3 * 4 + i % 3)] - low;
+    out[i] = static_cast<std::uint8_t>((value * 255 + range / 2) / range);
+  }
+  return "its 16-bit values from " + std::to_string(low) + " to " + std::to_string(high) +
+         " were spread over 8 bits";
+}
+
+}  // namespace detail
+
+/// Reads any PNG as 8-bit RGB (H, W, 3); transparency is dropped, 16 bits are spread over 8 from
+/// the least to the largest value of the image, which `note`, if given, then says. Needs libspng.
+/// Throws `error` where the file is damaged or larger than max_png_pixels. Checksums of chunks that
+/// the pixels do not depend on do not matter.
+inline tensor<std::uint8_t> read_png(const std::filesystem::path& path,
+                                     std::string* note = nullptr) {
   const mapped_file file(path);
   const detail::spng_context context(spng_ctx_new(0), &spng_ctx_free);
   const auto check = [&](int code) {
     if (code) fail(path.string(), ": is not a sound PNG: ", spng_strerror(code));
   };
-  check(spng_set_crc_action(context.get(), SPNG_CRC_ERROR, SPNG_CRC_ERROR));
+  check(spng_set_crc_action(context.get(), SPNG_CRC_ERROR, SPNG_CRC_DISCARD));
   check(spng_set_chunk_limits(context.get(), 1 << 24, 1 << 26));
   check(spng_set_png_buffer(context.get(), file.bytes().data(), file.bytes().size()));
   spng_ihdr header;
@@ -66,12 +97,21 @@ inline tensor<std::uint8_t> read_png(const std::filesystem::path& path) {
   if (static_cast<std::size_t>(height * width / 8 / 1032) > file.bytes().size())
     fail(path.string(), ": claims ", width, " x ", height, " pixels in ", file.bytes().size(),
          " bytes, which is impossible");
-  std::size_t size = 0;
-  check(spng_decoded_image_size(context.get(), SPNG_FMT_RGB8, &size));
   tensor<std::uint8_t> image(shape{height, width, 3});
-  if (size != static_cast<std::size_t>(image.size()))
-    fail(path.string(), ": decodes to ", size, " bytes, expected ", image.size());
-  check(spng_decode_image(context.get(), image.data(), size, SPNG_FMT_RGB8, 0));
+  const auto decode = [&](void* pixels, std::size_t expected, int format) {
+    std::size_t size = 0;
+    check(spng_decoded_image_size(context.get(), format, &size));
+    if (size != expected) fail(path.string(), ": decodes to ", size, " bytes, expected ", expected);
+    check(spng_decode_image(context.get(), pixels, size, format, 0));
+  };
+  if (header.bit_depth < 16) {
+    decode(image.data(), static_cast<std::size_t>(image.size()), SPNG_FMT_RGB8);
+    return image;
+  }
+  std::vector<std::uint16_t> wide(static_cast<std::size_t>(height * width) * 4);
+  decode(wide.data(), wide.size() * 2, SPNG_FMT_RGBA16);
+  const std::string what = detail::spread_to_8_bits(wide, image);
+  if (note) *note = what;
   return image;
 }
 
@@ -112,3 +152,5 @@ inline void write_label_png(const std::filesystem::path& path, view<const std::u
 }
 
 }  // namespace microtome::io
+
+#include <kernels/macros_on.hpp>
