@@ -1,4 +1,7 @@
+#include <stdlib.h>  // unsetenv is POSIX's
+
 #include <cstdio>
+#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -6,8 +9,41 @@
 
 #include "commands.hpp"
 
+namespace {
+
+// LLVM's OpenMP runtime ends the program when OMP_NUM_THREADS is no number, or one of more threads
+// than it can ever start, and gives threads as small a stack as OMP_STACKSIZE says. It reads these
+// when it is first used, which is after this.
+void drop_impossible_variables_of_openmp() {
+  const auto drop = [](const char* name, const char* possible, auto&& is_possible) {
+    const char* const text = std::getenv(name);
+    if (text == nullptr) return;
+    char* end = nullptr;
+    const long long number = std::strtoll(text, &end, 10);
+    while (*end == ' ') ++end;
+    if (is_possible(number, *end)) return;
+    std::fprintf(stderr, "microtome: %s=%s is ignored; possible: %s\n", name, text, possible);
+    unsetenv(name);
+  };
+  drop("OMP_NUM_THREADS", "1 to 1024", [](long long threads, char next) {
+    return threads >= 1 && threads <= 1024 && (next == 0 || next == ',');
+  });
+  drop("OMP_STACKSIZE", "1M to 4G", [](long long size, char unit) {
+    constexpr long long mega = 1 << 20;
+    const long long bytes = unit == 'B' || unit == 'b'                ? 1
+                            : unit == 0 || unit == 'K' || unit == 'k' ? 1 << 10
+                            : unit == 'M' || unit == 'm'              ? mega
+                            : unit == 'G' || unit == 'g'              ? 1 << 30
+                                                                      : 0;
+    return bytes > 0 && size >= mega / bytes + (bytes > mega) && size <= 4096 * mega / bytes;
+  });
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
   using namespace microtome::app;
+  drop_impossible_variables_of_openmp();
   CLI::App app{"microtome: promptable segmentation of medical images on the CPU."};
   app.require_subcommand(1);
   app.set_version_flag("--version", MICROTOME_VERSION);

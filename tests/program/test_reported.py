@@ -173,8 +173,10 @@ def test_pictures_that_would_replace_each_other(run, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("variables", [
     {"OMP_NUM_THREADS": "1000000"}, {"OMP_NUM_THREADS": "0"}, {"OMP_NUM_THREADS": "-3"}, {"OMP_NUM_THREADS": "many"},
+    {"OMP_NUM_THREADS": " 3 "}, {"OMP_NUM_THREADS": "2,2"}, {"OMP_NUM_THREADS": ""},
     {"OMP_NUM_THREADS": "99999999999999999999"}, {"OMP_SCHEDULE": "x"}, {"OMP_DYNAMIC": "perhaps"},
-    {"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "0"}, {"OMP_STACKSIZE": "1"}, {"OMP_WAIT_POLICY": "never"},
+    {"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "0"}, {"OMP_STACKSIZE": "1"}, {"OMP_STACKSIZE": "1B"}, {"OMP_STACKSIZE": "9999999G"},
+    {"OMP_STACKSIZE": "4M"}, {"OMP_WAIT_POLICY": "never"},
     {"OMP_PROC_BIND": "true", "OMP_PLACES": "{0:999}"}, {"OMP_MAX_ACTIVE_LEVELS": "0"},
 ])
 def test_absurd_variables_of_openmp(run, tiny_model, tmp_path, variables):
