@@ -185,6 +185,10 @@ def test_absurd_variables_of_openmp(run, tiny_model, tmp_path, variables):
     results = []
     for number, more in enumerate(({}, variables)):
         done = segment(run, tiny_model, tmp_path / "a.npz", out=tmp_path / str(number), env=environment | more)
+        if "libgomp: Thread creation failed" in done.stderr:
+            # GCC's runtime reads the variables before the program starts, and says itself what it cannot do.
+            assert done.returncode != 0
+            return
         assert done.returncode == 0, done.stderr
         results.append(segs_of(tmp_path / str(number), "a.npz"))
     np.testing.assert_array_equal(*results)
