@@ -1,4 +1,7 @@
 #include <stdlib.h>  // unsetenv is POSIX's
+#ifdef __linux__
+#include <unistd.h>
+#endif
 
 #include <cstdio>
 #include <cstdlib>
@@ -11,39 +14,67 @@
 
 namespace {
 
-// LLVM's OpenMP runtime ends the program when OMP_NUM_THREADS is no number, or one of more threads
-// than it can ever start, and gives threads as small a stack as OMP_STACKSIZE says. It reads these
-// when it is first used, which is after this.
-void drop_impossible_variables_of_openmp() {
+// OpenMP's runtimes end the program, or overflow their threads' stacks, where these variables ask
+// for what cannot be: more threads than can ever start, or hardly any stack. Returns whether there
+// were such, which are then gone.
+bool drop_impossible_variables_of_openmp() {
   const auto drop = [](const char* name, const char* possible, auto&& is_possible) {
     const char* const text = std::getenv(name);
-    if (text == nullptr) return;
+    if (text == nullptr) return false;
     char* end = nullptr;
     const long long number = std::strtoll(text, &end, 10);
     while (*end == ' ') ++end;
-    if (is_possible(number, *end)) return;
+    if (is_possible(number, *end)) return false;
     std::fprintf(stderr, "microtome: %s=%s is ignored; possible: %s\n", name, text, possible);
+#ifdef _WIN32
+    _putenv_s(name, "");
+#else
     unsetenv(name);
+#endif
+    return true;
   };
-  drop("OMP_NUM_THREADS", "1 to 1024", [](long long threads, char next) {
-    return threads >= 1 && threads <= 1024 && (next == 0 || next == ',');
+  const bool threads = drop("OMP_NUM_THREADS", "1 to 1024", [](long long number, char next) {
+    return number >= 1 && number <= 1024 && (next == 0 || next == ',');
   });
-  drop("OMP_STACKSIZE", "1M to 4G", [](long long size, char unit) {
-    constexpr long long mega = 1 << 20;
-    const long long bytes = unit == 'B' || unit == 'b'                ? 1
-                            : unit == 0 || unit == 'K' || unit == 'k' ? 1 << 10
-                            : unit == 'M' || unit == 'm'              ? mega
-                            : unit == 'G' || unit == 'g'              ? 1 << 30
-                                                                      : 0;
-    return bytes > 0 && size >= mega / bytes + (bytes > mega) && size <= 4096 * mega / bytes;
+  const bool stack = drop("OMP_STACKSIZE", "1M to 4G", [](long long number, char unit) {
+    constexpr double kilo = 1024;
+    double bytes = static_cast<double>(number);
+    switch (unit) {
+      case 'B':
+      case 'b':
+        break;
+      case 0:
+      case 'K':
+      case 'k':
+        bytes *= kilo;
+        break;
+      case 'M':
+      case 'm':
+        bytes *= kilo * kilo;
+        break;
+      case 'G':
+      case 'g':
+        bytes *= kilo * kilo * kilo;
+        break;
+      default:
+        return false;
+    }
+    return bytes >= kilo * kilo && bytes <= 4 * kilo * kilo * kilo;
   });
+  return threads || stack;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   using namespace microtome::app;
-  drop_impossible_variables_of_openmp();
+  const bool dropped = drop_impossible_variables_of_openmp();
+#ifdef __linux__
+  // GCC's runtime has read the variables before this, and does so again.
+  if (dropped) ::execv("/proc/self/exe", argv);
+#else
+  static_cast<void>(dropped);
+#endif
   CLI::App app{"microtome: promptable segmentation of medical images on the CPU."};
   app.require_subcommand(1);
   app.set_version_flag("--version", MICROTOME_VERSION);

@@ -175,8 +175,8 @@ def test_pictures_that_would_replace_each_other(run, tiny_model, tmp_path):
     {"OMP_NUM_THREADS": "1000000"}, {"OMP_NUM_THREADS": "0"}, {"OMP_NUM_THREADS": "-3"}, {"OMP_NUM_THREADS": "many"},
     {"OMP_NUM_THREADS": " 3 "}, {"OMP_NUM_THREADS": "2,2"}, {"OMP_NUM_THREADS": ""},
     {"OMP_NUM_THREADS": "99999999999999999999"}, {"OMP_SCHEDULE": "x"}, {"OMP_DYNAMIC": "perhaps"},
-    {"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "0"}, {"OMP_STACKSIZE": "1"}, {"OMP_STACKSIZE": "1B"}, {"OMP_STACKSIZE": "9999999G"},
-    {"OMP_STACKSIZE": "4M"}, {"OMP_WAIT_POLICY": "never"},
+    {"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "0"}, {"OMP_WAIT_POLICY": "never"},
+    {"OMP_STACKSIZE": "1"}, {"OMP_STACKSIZE": "1B"}, {"OMP_STACKSIZE": "9999999G"}, {"OMP_STACKSIZE": "4M"},
     {"OMP_PROC_BIND": "true", "OMP_PLACES": "{0:999}"}, {"OMP_MAX_ACTIVE_LEVELS": "0"},
 ])
 def test_absurd_variables_of_openmp(run, tiny_model, tmp_path, variables):
@@ -185,10 +185,6 @@ def test_absurd_variables_of_openmp(run, tiny_model, tmp_path, variables):
     results = []
     for number, more in enumerate(({}, variables)):
         done = segment(run, tiny_model, tmp_path / "a.npz", out=tmp_path / str(number), env=environment | more)
-        if "libgomp: Thread creation failed" in done.stderr:
-            # GCC's runtime reads the variables before the program starts, and says itself what it cannot do.
-            assert done.returncode != 0
-            return
         assert done.returncode == 0, done.stderr
         results.append(segs_of(tmp_path / str(number), "a.npz"))
     np.testing.assert_array_equal(*results)
