@@ -99,7 +99,8 @@ TEST_SUITE("golden" * doctest::skip(!has_golden_data())) {
     const io::segmentation_case read = io::read_case(shared / "data" / "mammography_2d.npz");
     const auto& c = std::get<io::image_case>(read);
     const io::npz_reader file(shared / "golden" / "lite_medsam_s20.npz");
-    CHECK(share_of_different(segment(s, c.image, c.boxes), read_labels(file, "segs")) <= 1e-4);
+    CHECK(share_of_different(segment(s, c.image, c.boxes), tests::read_labels(file, "segs")) <=
+          1e-4);
   }
 
   TEST_CASE("segs of a 3-D case") {
@@ -108,7 +109,8 @@ TEST_SUITE("golden" * doctest::skip(!has_golden_data())) {
     const io::segmentation_case read = io::read_case(path);
     const auto& c = std::get<io::volume_case>(read);
     const io::npz_reader file(path);
-    CHECK(share_of_different(segment(s, c.volume, c.boxes), read_labels(file, "segs")) <= 1e-3);
+    CHECK(share_of_different(segment(s, c.volume, c.boxes), tests::read_labels(file, "segs")) <=
+          1e-3);
   }
 }
 

@@ -80,9 +80,8 @@ inline std::vector<index_t> whole_numbers(const npy_array& array, const std::str
 /// Reads a case from a .npz file: `imgs`, uint8, (H, W, 3) or (H, W) with `boxes` (N, 4) as x0, y0,
 /// x1, y1, or (D, H, W) with `boxes` (N, 6) as x0, y0, z0, x1, y1, z1. The shapes decide which it
 /// is. Throws `error` naming file and array.
-inline segmentation_case read_case(const std::filesystem::path& path) {
-  const npz_reader file(path);
-  const std::string name = path.string();
+inline segmentation_case read_case(const npz_reader& file) {
+  const std::string& name = file.name();
   npy_array boxes = file.read("boxes");
   const shape& box_shape = boxes.header.extents;
   const std::string what = name + ": array 'boxes'";
@@ -119,12 +118,15 @@ inline segmentation_case read_case(const std::filesystem::path& path) {
   return result;
 }
 
+inline segmentation_case read_case(const std::filesystem::path& path) {
+  return read_case(npz_reader(path));
+}
+
 /// Reads a label map from array `name` of a .npz file: whole numbers from 0 to 65535, (H, W) or
 /// (D, H, W).
-inline label_map read_labels(const std::filesystem::path& path, const std::string& name) {
-  const npz_reader file(path);
+inline label_map read_labels(const npz_reader& file, const std::string& name) {
   const npy_array array = file.read(name);
-  const std::string what = path.string() + ": array '" + name + "'";
+  const std::string what = file.name() + ": array '" + name + "'";
   const shape& extents = array.header.extents;
   if ((extents.rank() != 2 && extents.rank() != 3) || extents.size() == 0)
     fail(what, " has shape ", to_string(extents), ", expected (H, W) or (D, H, W), not empty");
@@ -139,14 +141,17 @@ inline label_map read_labels(const std::filesystem::path& path, const std::strin
   return labels;
 }
 
+inline label_map read_labels(const std::filesystem::path& path, const std::string& name) {
+  return read_labels(npz_reader(path), name);
+}
+
 /// Distances in mm between voxels along D, H, W, from `spacing` of a .npz file, which the field
 /// keeps in the order x, y, z; nothing where there is none.
-inline std::optional<std::array<double, 3>> read_spacing(const std::filesystem::path& path) {
-  const npz_reader file(path);
+inline std::optional<std::array<double, 3>> read_spacing(const npz_reader& file) {
   if (!file.contains("spacing")) return std::nullopt;
   std::array<double, 3> spacing{1, 1, 1};
   const npy_array array = file.read("spacing");
-  const std::string what = path.string() + ": array 'spacing'";
+  const std::string what = file.name() + ": array 'spacing'";
   const std::vector<double> found = detail::numbers(array, what);
   if (found.size() < 2 || found.size() > 3)
     fail(what, " has shape ", to_string(array.header.extents), ", expected 2 or 3 numbers");
@@ -156,6 +161,10 @@ inline std::optional<std::array<double, 3>> read_spacing(const std::filesystem::
     spacing[2 - i] = found[i];
   }
   return spacing;
+}
+
+inline std::optional<std::array<double, 3>> read_spacing(const std::filesystem::path& path) {
+  return read_spacing(npz_reader(path));
 }
 
 /// Writes labels as `segs` of a .npz file: uint8, or uint16 where a label is above 255. All or

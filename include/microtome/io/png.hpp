@@ -73,35 +73,34 @@ inline std::string spread_to_8_bits(const std::vector<std::uint16_t>& wide,
 
 }  // namespace detail
 
-/// Reads any PNG as 8-bit RGB (H, W, 3); transparency is dropped, 16 bits are spread over 8 from
-/// the least to the largest value of the image, which `note`, if given, then says. Needs libspng.
-/// Throws `error` where the file is damaged or larger than max_png_pixels. Checksums of chunks that
-/// the pixels do not depend on do not matter.
-inline tensor<std::uint8_t> read_png(const std::filesystem::path& path,
+/// Reads any PNG from memory, for which `name` stands in messages, or from a file, as 8-bit RGB (H,
+/// W, 3); transparency is dropped, 16 bits are spread over 8 from the least to the largest value of
+/// the image, which `note`, if given, then says. Needs libspng. Throws `error` where the file is
+/// damaged or larger than max_png_pixels. Checksums of chunks that the pixels do not depend on do
+/// not matter.
+inline tensor<std::uint8_t> read_png(std::span<const std::byte> bytes, const std::string& name,
                                      std::string* note = nullptr) {
-  const mapped_file file(path);
   const detail::spng_context context(spng_ctx_new(0), &spng_ctx_free);
   const auto check = [&](int code) {
-    if (code) fail(path.string(), ": is not a sound PNG: ", spng_strerror(code));
+    if (code) fail(name, ": is not a sound PNG: ", spng_strerror(code));
   };
   check(spng_set_crc_action(context.get(), SPNG_CRC_ERROR, SPNG_CRC_DISCARD));
   check(spng_set_chunk_limits(context.get(), 1 << 24, 1 << 26));
-  check(spng_set_png_buffer(context.get(), file.bytes().data(), file.bytes().size()));
+  check(spng_set_png_buffer(context.get(), bytes.data(), bytes.size()));
   spng_ihdr header;
   check(spng_get_ihdr(context.get(), &header));
   const index_t height = header.height, width = header.width;
   if (height > max_png_pixels / width)
-    fail(path.string(), ": is ", width, " x ", height, " pixels, at most ", max_png_pixels,
-         " are read");
+    fail(name, ": is ", width, " x ", height, " pixels, at most ", max_png_pixels, " are read");
   // A pixel takes at least one bit, and deflate never shrinks data by more than 1032.
-  if (static_cast<std::size_t>(height * width / 8 / 1032) > file.bytes().size())
-    fail(path.string(), ": claims ", width, " x ", height, " pixels in ", file.bytes().size(),
+  if (static_cast<std::size_t>(height * width / 8 / 1032) > bytes.size())
+    fail(name, ": claims ", width, " x ", height, " pixels in ", bytes.size(),
          " bytes, which is impossible");
   tensor<std::uint8_t> image(shape{height, width, 3});
   const auto decode = [&](void* pixels, std::size_t expected, int format) {
     std::size_t size = 0;
     check(spng_decoded_image_size(context.get(), format, &size));
-    if (size != expected) fail(path.string(), ": decodes to ", size, " bytes, expected ", expected);
+    if (size != expected) fail(name, ": decodes to ", size, " bytes, expected ", expected);
     check(spng_decode_image(context.get(), pixels, size, format, 0));
   };
   if (header.bit_depth < 16) {
@@ -113,6 +112,12 @@ inline tensor<std::uint8_t> read_png(const std::filesystem::path& path,
   const std::string what = detail::spread_to_8_bits(wide, image);
   if (note) *note = what;
   return image;
+}
+
+inline tensor<std::uint8_t> read_png(const std::filesystem::path& path,
+                                     std::string* note = nullptr) {
+  const whole_file file(path);
+  return read_png(file.bytes(), path.string(), note);
 }
 
 /// Writes an RGB image (H, W, 3), all or nothing.

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Writes small sound inputs for each fuzz target, to begin from.
+
+    .venv/bin/python fuzz/seeds.py FOLDER    # FOLDER/model, FOLDER/archive, ...
+"""
+
+import io
+import json
+import pathlib
+import struct
+import sys
+import zipfile
+import zlib
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "converters"), str(ROOT / "converters" / "reference")]
+
+import convert  # noqa: E402
+import model_file  # noqa: E402
+import seeded_weights  # noqa: E402
+
+# As small as the architecture goes: a file of some 60 kB, loaded in well under a millisecond.
+CONFIG = dict(
+    image_size=16,
+    pixel_channels=3,
+    stages=[
+        dict(kind="conv", dim=2, depth=1, expand=1, stride=1),
+        dict(kind="attention", dim=2, depth=1, heads=1, window=2, mlp_ratio=1),
+    ],
+    embed_dim=8,
+    mask_in_chans=4,
+    decoder=dict(depth=1, heads=1, mlp_dim=2, attention_downsample=1, multimask_outputs=1, iou_hidden=2, iou_depth=1),
+)
+
+
+def models(folder):
+    tensors, config = convert.convert(seeded_weights.seeded_state(CONFIG, 1), CONFIG)
+    model_file.write(folder / "fp32", tensors, config)
+    half = {n: v.astype(np.float16) if v.size > 4 else v for n, v in tensors.items()}
+    model_file.write(folder / "fp16", half, config)
+
+
+def few_tensors(folder):
+    values = np.float32([[1, 0, 2, 0, 0, 3, 0, 4]] * 3)
+    bits = values != 0
+    held = {
+        "": {"a": values, "b": values.astype(np.float16), "c": np.int8([[1, -127]]), "d": np.uint8([7])},
+        "compressed": {"w_values": values[bits], "w_mask": np.packbits(bits, bitorder="little"), "w_scale": values[0]},
+        "whole": {"w_values": np.int8([1, 2, 3]), "w_mask": np.uint8([7])},
+    }
+    for name, tensors in held.items():
+        model_file.write(folder / f"tensors{name}", tensors, {"image_size": 8})
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def cases():
+    rng = np.random.default_rng(1)
+    image, boxes = rng.integers(0, 9, (5, 7, 3), np.uint8), np.array([[1, 1, 5, 4], [0, 0, 7, 5]])
+    labels = np.array([[0, 1], [2, 0]])
+    yield dict(imgs=image, boxes=boxes, gts=labels.astype(np.uint8), spacing=np.ones(3))
+    yield dict(imgs=image[..., 0], boxes=np.zeros((0, 4)), gts=labels > 0, spacing=np.array([1, 2]))
+    volume = dict(imgs=image.transpose(2, 0, 1).copy(), boxes=np.array([[1, 1, 0, 5, 4, 2]], np.int16))
+    yield volume | dict(gts=labels.astype(np.float32)[None], spacing=np.float32([1, 1, 5]))
+    yield dict(imgs=np.asfortranarray(image), boxes=boxes.astype(np.uint64), gts=labels, spacing=np.ones(2))
+
+
+def archives(folder):
+    for number, arrays in enumerate(cases()):
+        save = np.savez if number % 2 else np.savez_compressed
+        with open(folder / str(number), "wb") as file:
+            save(file, **arrays)
+
+
+def arrays(folder):
+    for number, case in enumerate(cases()):
+        parts = [npy(case[name]) for name in ("imgs", "boxes", "gts", "spacing")]
+        (folder / str(number)).write_bytes(b"".join(struct.pack("<H", len(p)) + p for p in parts))
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def images(folder):
+    for color, channels in ((0, 1), (2, 3), (3, 1), (4, 2), (6, 4)):
+        for depth in (1, 2, 4, 8, 16):
+            if (color != 0 and depth < 8 and color != 3) or (color == 3 and depth == 16):
+                continue
+            for interlaced in (0, 1):
+                row = bytes([depth % 5 if not interlaced else 0]) + bytes(range((9 * channels * depth + 7) // 8))
+                passes = 7 if interlaced else 1
+                data = zlib.compress(row * 6 * passes)
+                header = struct.pack(">IIBBBBB", 9, 6, depth, color, 0, 0, interlaced)
+                palette = chunk(b"PLTE", bytes(range(3 * min(2**depth, 16)))) if color == 3 else b""
+                more = chunk(b"tRNS", b"\1\2") if color == 0 else chunk(b"gAMA", struct.pack(">I", 45455))
+                whole = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + more + chunk(b"IDAT", data)
+                (folder / f"{color}_{depth}_{interlaced}").write_bytes(whole + chunk(b"IEND", b""))
+
+
+def texts(folder):
+    ranges = dict(format="microtome ranges", model="0" * 16, observer="mse", cases=3,
+                  layers={"image_encoder.neck.0": [-1.5, 2], "mask_decoder.x": [0, 1e3]})
+    (folder / "ranges").write_text("1" + json.dumps(ranges))
+    for number, scheme in enumerate(("full", "mix-dwsc", "int8, 0:*:*=fp32, *:*:conv2|local_conv=bf16",
+                                     "fp32, !neck:*:proj=int8-weights, 1:0|1:*")):
+        (folder / f"scheme{number}").write_text("0" + scheme)
+
+
+def checkpoints(folder):
+    """What torch.save pickles, without torch: (protocol 2, its globals, persistent storages)."""
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x10tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x01(K\x02K\x03t(K\x03K\x01t\x89NtR"
+    state = b"}(X\x01\0\0\0a" + tensor + b"X\x0a\0\0\0module.b.c" + tensor + b"u"
+    (folder / "state").write_bytes(b"\x80\x02" + state + b".")
+    (folder / "nested").write_bytes(b"\x80\x02}(X\x05\0\0\0modelccollections\nOrderedDict\n)R(X\x01\0\0\0a" +
+                                    tensor + b"uX\x04\0\0\0lossG?\xf0\0\0\0\0\0\0u.")
+    (folder / "scalar").write_bytes(b"\x80\x02}X\x01\0\0\0xcnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n"
+                                    b"(X\x02\0\0\0f8\x89\x88tRU\x08\0\0\0\0\0\0\0\0tRs.")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + state + b".")
+        archive.writestr("x/data/0", bytes(64))
+        archive.writestr("x/byteorder", b"big")
+    (folder / "archive").write_bytes(b"\0" + file.getvalue())
+
+
+if __name__ == "__main__":
+    for name, write in dict(model=models, tensors=few_tensors, archive=archives, arrays=arrays, png=images, text=texts,
+                            checkpoint=checkpoints).items():
+        path = pathlib.Path(sys.argv[1]) / name
+        path.mkdir(parents=True, exist_ok=True)
+        write(path)
