@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <map>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -61,5 +62,10 @@ class usage_error : public std::runtime_error {
 public:
   using std::runtime_error::runtime_error;
 };
+
+/// What to say of a failure.
+inline const char* reason_of(const std::exception& e) {
+  return dynamic_cast<const std::bad_alloc*>(&e) ? "not enough memory" : e.what();
+}
 
 }  // namespace microtome::app

@@ -128,7 +128,8 @@ int run_eval(const eval_options& options) {
       nsd_sum += nsd_mean;
       ++cases;
     } catch (const std::exception& e) {
-      std::fprintf(stderr, "%s FAILED: %s\n", files.truth.filename().string().c_str(), e.what());
+      std::fprintf(stderr, "%s FAILED: %s\n", files.truth.filename().string().c_str(),
+                   reason_of(e));
       ++failed;
     }
   }

@@ -3,8 +3,11 @@
 #include <unistd.h>
 #endif
 
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -64,17 +67,38 @@ bool drop_impossible_variables_of_openmp() {
   return threads || stack;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  using namespace microtome::app;
-  const bool dropped = drop_impossible_variables_of_openmp();
-#ifdef __linux__
-  // GCC's runtime has read the variables before this, and does so again.
-  if (dropped) ::execv("/proc/self/exe", argv);
-#else
-  static_cast<void>(dropped);
+// A full disk or a reader that has gone must not end a run whose other results can be written.
+void let_writing_fail() {
+#ifdef SIGPIPE
+  std::signal(SIGPIPE, SIG_IGN);
 #endif
+#ifdef SIGXFSZ
+  std::signal(SIGXFSZ, SIG_IGN);
+#endif
+}
+
+// Where memory runs out within some functions of the C++ library (listing a folder, in GCC's), it
+// ends the program rather than throw. That is told as other failures are.
+[[noreturn]] void end_for_want_of_memory() {
+  try {
+    if (std::current_exception()) throw;
+  } catch (const std::bad_alloc&) {
+  } catch (...) {
+    std::abort();
+  }
+  std::fputs("microtome: not enough memory\n", stderr);
+  std::_Exit(1);
+}
+
+/// The exit code, unless what was printed could not be.
+int checked(int code) {
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return code;
+  std::fputs("microtome: not all of the standard output could be written\n", stderr);
+  return code ? code : 1;
+}
+
+int run(int argc, char** argv) {
+  using namespace microtome::app;
   CLI::App app{"microtome: promptable segmentation of medical images on the CPU."};
   app.require_subcommand(1);
   app.set_version_flag("--version", MICROTOME_VERSION);
@@ -96,18 +120,35 @@ int main(int argc, char** argv) {
 
   try {
     app.parse(argc, argv);
-    if (const std::string complaint = microtome::kernels::target_complaint(); !complaint.empty())
-      throw usage_error(complaint);
-    for (const auto& [parser, run] : commands)
-      if (parser->parsed()) return run();
   } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : 2;
-  } catch (const usage_error& e) {
+  }
+  if (const std::string complaint = microtome::kernels::target_complaint(); !complaint.empty())
+    throw usage_error(complaint);
+  for (const auto& [parser, run_command] : commands)
+    if (parser->parsed()) return checked(run_command());
+  return 2;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool dropped = drop_impossible_variables_of_openmp();
+#ifdef __linux__
+  // GCC's runtime has read the variables before this, and does so again.
+  if (dropped) ::execv("/proc/self/exe", argv);
+#else
+  static_cast<void>(dropped);
+#endif
+  let_writing_fail();
+  std::set_terminate(end_for_want_of_memory);
+  try {
+    return run(argc, argv);
+  } catch (const microtome::app::usage_error& e) {
     std::fprintf(stderr, "microtome: %s\n", e.what());
     return 2;
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "microtome: %s\n", e.what());
-    return 1;
+    std::fprintf(stderr, "microtome: %s\n", microtome::app::reason_of(e));
   }
-  return 2;
+  return 1;
 }

@@ -82,6 +82,12 @@ void progress::box_failed(const std::string& name, const std::string& why) {
   draw();
 }
 
+void progress::say(const std::string& what) {
+  const std::lock_guard lock(mutex_);
+  clear();
+  std::fprintf(stderr, "microtome: %s\n", what.c_str());
+}
+
 void progress::end_case(std::size_t worker) {
   ++done_;
   active_[worker] = {};

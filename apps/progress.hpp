@@ -29,6 +29,9 @@ public:
   /// One box of a case failed; the case goes on.
   void box_failed(const std::string& name, const std::string& why);
 
+  /// Of the whole run.
+  void say(const std::string& what);
+
   std::size_t failures() const { return failures_; }
 
 private:

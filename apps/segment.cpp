@@ -1,7 +1,9 @@
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <future>
 #include <map>
@@ -10,12 +12,17 @@
 #include <string>
 #include <vector>
 
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 #include <microtome/io/case.hpp>
 #include <microtome/io/overlay.hpp>
 #include <microtome/microtome.hpp>
 
 #include "cases.hpp"
 #include "commands.hpp"
+#include "interrupt.hpp"
 #include "progress.hpp"
 
 namespace microtome::app {
@@ -39,6 +46,7 @@ struct segment_options {
 
 struct job {
   fs::path input, output;
+  std::string name;  ///< in messages
 };
 
 bool is_png(const fs::path& path) {
@@ -96,7 +104,7 @@ std::vector<job> find_jobs(const segment_options& options) {
       claim(fs::path(picture).concat(".png"), file);
       if (!is_png(file)) slices.emplace_back(picture, file);
     }
-    jobs.push_back({file, output});
+    jobs.push_back({file, output, file.filename().string()});
   }
   // Of a volume x there are pictures x_z012.png: another file may not have that name.
   for (const auto& [picture, file] : slices)
@@ -120,9 +128,10 @@ void make_folder(const fs::path& folder) {
   std::error_code failed;
   fs::create_directories(folder, failed);
   if (failed) fail(folder.string(), ": cannot be created: ", failed.message());
-  const fs::path probe = folder / ".microtome_probe";
-  io::replace_file(probe, {});
-  fs::remove(probe, failed);
+#if __has_include(<unistd.h>)
+  if (::access(folder.c_str(), W_OK) != 0)
+    fail(folder.string(), ": cannot be written to: ", std::strerror(errno));
+#endif
 }
 
 void write_overlay(const fs::path& path, view<const std::uint8_t> image,
@@ -213,55 +222,69 @@ public:
         threads_(options.threads > 0 ? options.threads : default_threads()),
         report_(jobs_.size(), workers_) {}
 
-  /// Returns how many cases, and boxes of others, failed.
-  std::size_t run() {
-    std::optional<coming_case> first = take();  // read while the model is loaded
+  /// Returns the program's exit code.
+  int run() {
+    std::optional<coming_case> first = take(0);  // read while the model is loaded
     const lite_medsam model = lite_medsam::load(
         options_.model,
         {.windows = options_.windows, .inputs = options_.factors, .zeros = options_.zeros});
     std::vector<std::future<void>> others;  // which wait for their threads, whatever happens
     for (std::size_t worker = 1; worker < workers_; ++worker)
       others.push_back(
-          std::async(std::launch::async, [&, worker] { work(worker, model, take()); }));
+          std::async(std::launch::async, [&, worker] { work(worker, model, take(worker)); }));
     work(0, model, std::move(first));
     for (std::future<void>& other : others) other.get();
-    return report_.failures();
+    if (interrupted() && written_ < jobs_.size()) {
+      report_.say("interrupted: " + std::to_string(written_) + " of " +
+                  std::to_string(jobs_.size()) + " cases are written");
+      return exit_interrupted;
+    }
+    return report_.failures() ? 1 : 0;
   }
 
 private:
   /// With one thread in all, what is asked for later is done later.
   std::launch policy() const { return threads_ > 1 ? std::launch::async : std::launch::deferred; }
 
-  std::optional<coming_case> take() {
-    const std::size_t i = next_++;
-    if (i >= jobs_.size()) return std::nullopt;
-    return coming_case{&jobs_[i],
-                       std::async(policy(), [this, i] { return read_input(jobs_[i], boxes_); })};
+  std::optional<coming_case> take(std::size_t worker) {
+    std::optional<coming_case> coming;
+    for (std::size_t i; !coming && !interrupted() && (i = next_++) < jobs_.size();)
+      attempt(worker, jobs_[i], [&] {
+        coming = coming_case{
+            &jobs_[i], std::async(policy(), [this, i] { return read_input(jobs_[i], boxes_); })};
+      });
+    return coming;
   }
 
   void work(std::size_t worker, const lite_medsam& model, std::optional<coming_case> current) {
-    session s(model, {.threads = std::max(1, threads_ / static_cast<int>(workers_))});
+    std::optional<session> s;
     std::future<void> writing;
     while (current) {
-      std::optional<coming_case> following = take();
+      std::optional<coming_case> following = take(worker);
       const job& j = *current->j;
       attempt(worker, j, [&] {
         const clock::time_point start = clock::now();
+        if (!s)
+          s.emplace(model,
+                    session_options{.threads = std::max(1, threads_ / static_cast<int>(workers_))});
         io::segmentation_case input = current->input.get();
         std::vector<std::string> complaints;
         label_map labels = segment_case(
-            s, input, [&](index_t done, index_t total) { report_.step(worker, done, total); },
+            *s, input,
+            [&](index_t done, index_t total) {
+              if (interrupted()) throw interruption();
+              report_.step(worker, done, total);
+            },
             [&](std::size_t, const std::string& complaint) { complaints.push_back(complaint); });
         if (!complaints.empty() && complaints.size() == number_of_boxes(input))
           fail("none of its boxes can be segmented: ", complaints[0]);
-        for (const std::string& complaint : complaints)
-          report_.box_failed(j.input.filename().string(), complaint);
+        for (const std::string& complaint : complaints) report_.box_failed(j.name, complaint);
         if (writing.valid()) writing.get();
         writing = std::async(policy(), [this, worker, &j, input = std::move(input),
                                         labels = std::move(labels), start] {
           attempt(worker, j, [&] {
-            report_.finished(worker, j.input.filename().string(),
-                             write_result(j, options_, input, labels, start));
+            report_.finished(worker, j.name, write_result(j, options_, input, labels, start));
+            ++written_;
           });
         });
       });
@@ -273,13 +296,11 @@ private:
   /// Runs f; where it throws, the case has failed.
   template <class Function>
   void attempt(std::size_t worker, const job& j, Function&& f) {
-    const std::string name = j.input.filename().string();
     try {
       f();
-    } catch (const std::bad_alloc&) {
-      report_.failed(worker, name, "not enough memory");
+    } catch (const interruption&) {  // run() tells of it
     } catch (const std::exception& e) {
-      report_.failed(worker, name, e.what());
+      report_.failed(worker, j.name, reason_of(e));
     }
   }
 
@@ -289,7 +310,7 @@ private:
   const std::size_t workers_;
   const int threads_;
   progress report_;
-  std::atomic<std::size_t> next_ = 0;
+  std::atomic<std::size_t> next_ = 0, written_ = 0;
 };
 
 int run_segment(const segment_options& options) {
@@ -298,7 +319,8 @@ int run_segment(const segment_options& options) {
   for (const std::string& text : options.boxes) boxes.push_back(parse_box(text));
   make_folder(options.output);
   if (!options.overlay.empty()) make_folder(options.overlay);
-  return pipeline(options, std::move(jobs), std::move(boxes)).run() ? 1 : 0;
+  catch_interrupts();
+  return pipeline(options, std::move(jobs), std::move(boxes)).run();
 }
 
 }  // namespace

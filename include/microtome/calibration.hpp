@@ -159,10 +159,15 @@ struct activation_ranges {
   std::map<std::string, value_range, std::less<>> layers;
 
   static activation_ranges read(const std::filesystem::path& path) {
-    const io::mapped_file file(path);
+    const io::whole_file file(path);
     const auto* text = reinterpret_cast<const char*>(file.bytes().data());
-    const std::string name = path.string();
-    const nlohmann::json json = detail::parse_json({text, file.bytes().size()}, name);
+    return parse({text, file.bytes().size()}, path.string());
+  }
+
+  /// Of the text of such a file; `name` stands for it in messages.
+  static activation_ranges parse(std::string_view text, const std::string& name) {
+    const detail::json_document document(text, name);
+    const nlohmann::json& json = document.value;
     const auto text_of = [&](const char* key) {
       if (!json.is_object() || !json.contains(key) || !json[key].is_string())
         fail(name, ": '", key, "' is missing: not a file of ranges, which `calibrate` writes");
@@ -189,14 +194,17 @@ struct activation_ranges {
   }
 
   void write(const std::filesystem::path& path) const {
-    nlohmann::ordered_json json;
-    json["format"] = "microtome ranges";
-    json["model"] = model;
-    json["observer"] = observer;
-    json["cases"] = cases;
-    for (const auto& [layer, range] : layers)
-      json["layers"][layer] = nlohmann::ordered_json::array({range.low, range.high});
-    const std::string text = json.dump(1) + "\n";
+    const auto quoted = [](const std::string& text) { return nlohmann::json(text).dump(); };
+    std::string text = "{\n \"format\": \"microtome ranges\",\n \"model\": " + quoted(model) +
+                       ",\n \"observer\": " + quoted(observer) +
+                       ",\n \"cases\": " + std::to_string(cases) + ",\n \"layers\": {";
+    const char* separator = "\n";
+    for (const auto& [layer, range] : layers) {
+      text += separator + ("  " + quoted(layer)) + ": [" + nlohmann::json(range.low).dump() + ", " +
+              nlohmann::json(range.high).dump() + "]";
+      separator = ",\n";
+    }
+    text += "\n }\n}\n";
     io::replace_file(path, std::as_bytes(std::span(text)));
   }
 };

@@ -128,9 +128,9 @@ inline lite_medsam_config lite_medsam_config::from(const safetensors& file) {
   metadata("format_version", "1");
   metadata("model", "lite_medsam");
 
-  const nlohmann::json json =
-      detail::parse_json(metadata("config", nullptr), file.name() + ": metadata 'config'");
-  const detail::config_reader top(file.name(), "", json);
+  const detail::json_document json(metadata("config", nullptr),
+                                   file.name() + ": metadata 'config'");
+  const detail::config_reader top(file.name(), "", json.value);
   lite_medsam_config config;
   config.image_size = top.number("image_size", 8, 1024);
   config.pixel_channels = top.number("pixel_channels", 3, 3);

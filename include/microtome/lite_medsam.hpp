@@ -36,10 +36,7 @@ public:
   /// Maps and packs a model file that converters/convert.py wrote. Throws `error` naming the file
   /// and the tensor where anything in it is not as expected.
   static lite_medsam load(const std::filesystem::path& path, load_options options = {}) {
-    safetensors file(path);
-    lite_medsam model(file, options);
-    file.drop_pages();
-    return model;
+    return lite_medsam(safetensors(path), options);
   }
 
   /// The same from memory, which is not needed afterwards.

@@ -3,7 +3,9 @@
 #include <kernels/macros_off.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
+#include <exception>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -25,13 +27,23 @@ inline int default_threads() {
 
 /// Calls f(task, thread) for every task in [0, tasks), 0 <= thread < threads, each task once. Tasks
 /// are handed out as threads become free; they write disjoint memory and never reduce across tasks,
-/// so results do not depend on the number of threads. f must not throw.
+/// so results do not depend on the number of threads. What the first f that throws has thrown comes
+/// out of here, after all other tasks.
 template <class Function>
 void parallel_for(int threads, index_t tasks, Function&& f) {
 #ifdef _OPENMP
   if (threads > 1 && tasks > 1) {
+    std::exception_ptr thrown;  // an exception must not leave what OpenMP runs
+    std::atomic_flag taken;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (index_t task = 0; task < tasks; ++task) f(task, omp_get_thread_num());
+    for (index_t task = 0; task < tasks; ++task) {
+      try {
+        f(task, omp_get_thread_num());
+      } catch (...) {
+        if (!taken.test_and_set()) thrown = std::current_exception();
+      }
+    }
+    if (thrown) std::rethrow_exception(thrown);
     return;
   }
 #endif

@@ -26,27 +26,44 @@ namespace microtome {
 
 namespace detail {
 
-/// Parses JSON from a file; `what` stands for it in errors. What microtome reads nests three deep;
-/// a hostile text nested a million deep would exhaust the stack.
-inline nlohmann::json parse_json(std::string_view text, const std::string& what) {
-  const auto bounded_depth = [&](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-    if (depth > 8) fail(what, " nests deeper than it ever should");
-    return true;
-  };
-  try {
-    return nlohmann::json::parse(text, bounded_depth);
-  } catch (const nlohmann::json::exception& e) {
-    fail(what, " is not JSON: ", e.what());
+/// JSON from a file; `what` stands for it in errors. What microtome reads nests three deep; a
+/// hostile text nested a million deep would exhaust the stack.
+class json_document {
+public:
+  json_document(std::string_view text, const std::string& what) {
+    const auto bounded_depth = [&](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
+      if (depth > 8) fail(what, " nests deeper than it ever should");
+      return true;
+    };
+    try {
+      value = nlohmann::json::parse(text, bounded_depth);
+    } catch (const nlohmann::json::exception& e) {
+      fail(what, " is not JSON: ", e.what());
+    }
   }
-}
+  json_document(const json_document&) = delete;
+  json_document& operator=(const json_document&) = delete;
+  ~json_document() { empty(value); }
+
+  nlohmann::json value;
+
+private:
+  /// nlohmann's destructor of what has children allocates, and ends the program where it cannot;
+  /// so that they go first.
+  static void empty(nlohmann::json& from) {
+    if (!from.is_structured()) return;
+    for (nlohmann::json& child : from) empty(child);
+    from.clear();
+  }
+};
 
 }  // namespace detail
 
 /// Reader of safetensors files: 8 bytes of little-endian header length, a JSON header that maps
 /// each tensor's name to its dtype, shape and byte range, then the bytes. The format is described
-/// in the safetensors repository (https://github.com/huggingface/safetensors). The file is mapped,
-/// not read, and nothing in it is trusted: offsets, sizes, shapes, dtypes and overlaps are all
-/// checked at once, values when they are read.
+/// in the safetensors repository (https://github.com/huggingface/safetensors). Nothing in it
+/// is trusted: offsets, sizes, shapes, dtypes and overlaps are all checked at once, values when
+/// they are read.
 class safetensors {
 public:
   struct entry {
@@ -55,7 +72,7 @@ public:
     std::span<const std::byte> bytes;
   };
 
-  /// Maps the file at `path`. Throws `error` where it is not a sound safetensors file.
+  /// Reads the file at `path`. Throws `error` where it is not a sound safetensors file.
   explicit safetensors(const std::filesystem::path& path)
       : name_(path.string()), file_(path), bytes_(file_.bytes()) {
     parse();
@@ -115,9 +132,6 @@ public:
   tensor<float> read_int8(std::string_view tensor_name, shape expected) const {
     return read_with(&safetensors::read_bytes, tensor_name, expected);
   }
-
-  /// Tells the system that the mapped pages are not needed for now (the weights have been packed).
-  void drop_pages() { file_.drop_pages(); }
 
 private:
   static constexpr std::uint64_t max_header = 64 << 20;
@@ -237,8 +251,9 @@ private:
            " are accepted): truncated, or not safetensors");
     }
     const auto* text = reinterpret_cast<const char*>(bytes_.data()) + 8;
-    const nlohmann::json header =
-        detail::parse_json({text, static_cast<std::size_t>(header_size)}, name_ + ": the header");
+    const detail::json_document document({text, static_cast<std::size_t>(header_size)},
+                                         name_ + ": the header");
+    const nlohmann::json& header = document.value;
     if (!header.is_object()) fail(name_, ": the header is not a JSON object");
     data_ = bytes_.subspan(8 + static_cast<std::size_t>(header_size));
     for (const auto& [key, value] : header.items()) {
@@ -340,7 +355,7 @@ private:
   }
 
   std::string name_;
-  io::mapped_file file_;
+  io::whole_file file_;
   std::span<const std::byte> bytes_;
   std::span<const std::byte> data_;
   std::map<std::string, entry, std::less<>> entries_;

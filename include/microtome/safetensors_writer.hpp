@@ -21,17 +21,17 @@ namespace microtome {
 /// Collects tensors and writes them as a safetensors file, all or nothing.
 class safetensors_writer {
 public:
-  void metadata(const std::string& key, const std::string& text) {
-    header_["__metadata__"][key] = text;
-  }
+  void metadata(const std::string& key, const std::string& text) { metadata_[key] = text; }
 
   void add(const std::string& name, const std::string& dtype, const shape& extents,
            std::span<const std::byte> bytes) {
-    nlohmann::json sizes = nlohmann::json::array();
-    for (int axis = 0; axis < extents.rank(); ++axis) sizes.push_back(extents[axis]);
-    const std::size_t begin = data_.size();
+    std::string entry = "{\"dtype\":" + quoted(dtype) + ",\"shape\":[";
+    for (int axis = 0; axis < extents.rank(); ++axis)
+      entry += (axis ? "," : "") + std::to_string(extents[axis]);
+    entry += "],\"data_offsets\":[" + std::to_string(data_.size()) + "," +
+             std::to_string(data_.size() + bytes.size()) + "]}";
     data_.insert(data_.end(), bytes.begin(), bytes.end());
-    header_[name] = {{"dtype", dtype}, {"shape", sizes}, {"data_offsets", {begin, data_.size()}}};
+    header_[name] = std::move(entry);
   }
 
   void add(const std::string& name, const tensor<float>& values) {
@@ -62,7 +62,12 @@ public:
 
   /// The file.
   std::vector<std::byte> bytes() const {
-    std::string text = header_.dump();
+    std::string text = "{\"__metadata__\":{";
+    for (const auto& [key, value] : metadata_)
+      text += (text.back() == '{' ? "" : ",") + quoted(key) + ":" + quoted(value);
+    text += "}";
+    for (const auto& [name, entry] : header_) text += "," + quoted(name) + ":" + entry;
+    text += "}";
     text.resize((8 + text.size() + 63) / 64 * 64 - 8, ' ');  // the data starts at a multiple of 64
     std::vector<std::byte> file(8 + text.size());
     const std::uint64_t size = text.size();
@@ -73,7 +78,9 @@ public:
   }
 
 private:
-  nlohmann::json header_ = nlohmann::json::object();
+  static std::string quoted(const std::string& text) { return nlohmann::json(text).dump(); }
+
+  std::map<std::string, std::string> metadata_, header_;  // of the latter, JSON
   std::vector<std::byte> data_;
 };
 

@@ -26,7 +26,7 @@ std::string changed_error(Change&& change) {
 }
 
 std::vector<std::byte> tiny_bytes() {
-  const io::mapped_file file(data_file("tiny.safetensors"));
+  const io::whole_file file(data_file("tiny.safetensors"));
   return {file.bytes().begin(), file.bytes().end()};
 }
 

@@ -1,4 +1,7 @@
 // The whole model on a small configuration without a round size in it, against PyTorch.
+#include <array>
+#include <thread>
+
 #include "golden_support.hpp"
 
 namespace microtome::tests {
@@ -156,9 +159,36 @@ TEST_CASE("results are the same bits for every number of threads") {
   }
 }
 
+#ifndef __wasm__  // where there are no threads
+TEST_CASE("sessions of one model side by side do not see each other") {
+  const tiny t;
+  const std::vector<box> boxes = prompt_boxes(t.golden);
+  session alone(t.model, {.threads = 1});
+  alone.encode(t.image);
+  const decoded_masks expected = alone.decode(boxes);
+  std::array<bool, 3> same{};
+  {
+    std::vector<std::thread> users;
+    for (std::size_t user = 0; user < same.size(); ++user)
+      users.emplace_back([&, user] {
+        session s(t.model, {.threads = 2});
+        for (int turn = 0; turn < 3; ++turn) {
+          s.encode(t.image);
+          const decoded_masks got = s.decode(boxes);
+          same[user] = std::equal(got.low_res_masks.begin(), got.low_res_masks.end(),
+                                  expected.low_res_masks.begin()) &&
+                       (turn == 0 || same[user]);
+        }
+      });
+    for (std::thread& user : users) user.join();
+  }
+  CHECK(same == std::array{true, true, true});
+}
+#endif
+
 TEST_CASE("a model loads from memory as from a file") {
   const tiny t;
-  const io::mapped_file file(data_file("tiny.safetensors"));
+  const io::whole_file file(data_file("tiny.safetensors"));
   const lite_medsam copied = [&] {
     const std::vector<std::byte> bytes(file.bytes().begin(), file.bytes().end());
     return lite_medsam::load(bytes);

@@ -2,27 +2,23 @@
 
 #include <kernels/macros_off.hpp>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <random>
 #include <span>
 #include <string>
-#include <utility>
-#include <vector>
+#include <system_error>
 
-#if __has_include(<sys/mman.h>)
-#define MICROTOME_HAS_MMAP 1
+#ifndef _WIN32
 #include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
-#else
-#define MICROTOME_HAS_MMAP 0
 #endif
 
 #include <microtome/error.hpp>
@@ -44,84 +40,131 @@ inline std::FILE* open_to_read(const std::filesystem::path& path) {
 #endif
 }
 
-/// Null where there is such a file already; older libraries of Windows cannot tell.
-inline std::FILE* create_file(const std::filesystem::path& path) {
-#ifdef _WIN32
-  return ::_wfopen(path.c_str(), L"wb");
-#else
-  return std::fopen(path.c_str(), "wbx");
-#endif
+/// `name` of a file that is being written beside `path`.
+inline std::filesystem::path part_of(const std::filesystem::path& path) {
+  std::filesystem::path part = path;
+  return part += std::string(".").append(std::to_string(std::random_device{}())).append(".part");
 }
 
 }  // namespace detail
 
-/// A file's bytes, read-only: mapped where the system can, read otherwise. The file must not shrink
-/// while it is mapped.
-class mapped_file {
-public:
-  mapped_file() = default;
+/// The largest file that is read as a whole: 4 GiB, several times the largest model's.
+inline constexpr std::uint64_t max_file_bytes =
+    std::min<std::uint64_t>(std::uint64_t{4} << 30, std::numeric_limits<std::ptrdiff_t>::max());
 
-  /// Throws `error` where `path` is not a readable regular file.
-  explicit mapped_file(const std::filesystem::path& path) {
-    std::error_code ignored;
-    if (std::filesystem::is_directory(path, ignored)) fail(path.string(), ": is a directory");
-#if MICROTOME_HAS_MMAP
-    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (descriptor < 0) fail(path.string(), ": cannot be opened: ", std::strerror(errno));
-    struct stat status {};
-    if (::fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
-      ::close(descriptor);
+/// A file's bytes, read at once. They are not mapped, since a mapped file that is cut off while it
+/// is in use ends the program, and one that is written to changes what has been checked.
+class whole_file {
+public:
+  whole_file() = default;
+
+  /// Throws `error` where `path` is not a readable regular file of at most max_file_bytes.
+  explicit whole_file(const std::filesystem::path& path) {
+    std::error_code unknown;
+    const std::filesystem::file_status status = std::filesystem::status(path, unknown);
+    if (std::filesystem::is_directory(status)) fail(path.string(), ": is a directory");
+    if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status))
       fail(path.string(), ": is not a regular file");
-    }
-    const auto size = static_cast<std::size_t>(status.st_size);
-    void* start = size ? ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, descriptor, 0) : nullptr;
-    const int reason = errno;
-    ::close(descriptor);
-    if (start == MAP_FAILED) fail(path.string(), ": cannot be mapped: ", std::strerror(reason));
-    bytes_ = {static_cast<const std::byte*>(start), size};
-#else
     const std::unique_ptr<std::FILE, detail::file_closer> file(detail::open_to_read(path));
     if (!file) fail(path.string(), ": cannot be opened: ", std::strerror(errno));
-    const std::uintmax_t size = std::filesystem::file_size(path, ignored);
-    if (ignored || !std::filesystem::is_regular_file(path, ignored))
-      fail(path.string(), ": is not a regular file");
-    storage_.resize(static_cast<std::size_t>(size));
-    if (std::fread(storage_.data(), 1, storage_.size(), file.get()) != storage_.size())
-      fail(path.string(), ": cannot be read: ", std::strerror(errno));
-    bytes_ = storage_;
-#endif
+    const std::uint64_t size = std::filesystem::file_size(path, unknown);
+    if (unknown) fail(path.string(), ": cannot be read: ", unknown.message());
+    if (size > max_file_bytes)
+      fail(path.string(), ": has ", size, " bytes, at most ", max_file_bytes, " are read");
+    size_ = static_cast<std::size_t>(size);
+    bytes_ = std::make_unique_for_overwrite<std::byte[]>(size_);
+    const std::size_t got = std::fread(bytes_.get(), 1, size_, file.get());
+    if (std::ferror(file.get())) fail(path.string(), ": cannot be read: ", std::strerror(errno));
+    if (got != size_)
+      fail(path.string(), ": ended after ", got, " of its ", size_, " bytes; is it being written?");
   }
 
-  mapped_file(mapped_file&& other) noexcept
-      : storage_(std::move(other.storage_)), bytes_(std::exchange(other.bytes_, {})) {}
-  mapped_file& operator=(mapped_file&& other) noexcept {
-    std::swap(storage_, other.storage_);
-    std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-
-  ~mapped_file() {
-#if MICROTOME_HAS_MMAP
-    if (!bytes_.empty()) ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
-#endif
-  }
-
-  std::span<const std::byte> bytes() const {
-    return bytes_;
-  }
-
-  /// Lets the system take the pages back; the next access reads them again.
-  void drop_pages() {
-#if MICROTOME_HAS_MMAP
-    if (!bytes_.empty())
-      ::madvise(const_cast<std::byte*>(bytes_.data()), bytes_.size(), MADV_DONTNEED);
-#endif
-  }
+  std::span<const std::byte> bytes() const { return {bytes_.get(), size_}; }
 
 private:
-  std::vector<std::byte> storage_;
-  std::span<const std::byte> bytes_;
+  std::unique_ptr<std::byte[]> bytes_;
+  std::size_t size_ = 0;
 };
+
+namespace detail {
+
+#ifdef _WIN32
+
+/// Writes a new file, which then takes the name `path`. Returns an error number, 0 for none.
+inline int write_and_rename(const std::filesystem::path& path, std::span<const std::byte> bytes) {
+  const std::filesystem::path part = part_of(path);
+  std::FILE* file = ::_wfopen(part.c_str(), L"wb");
+  if (!file) return errno;
+  int reason = std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() ? 0 : errno;
+  if (std::fclose(file) != 0 && !reason) reason = errno;
+  std::error_code failed;
+  if (!reason) std::filesystem::rename(part, path, failed);
+  if (!reason && failed) reason = failed.value();
+  if (reason) std::filesystem::remove(part, failed);
+  return reason;
+}
+
+#else
+
+/// Writes everything and closes. Returns an error number, 0 for none.
+inline int write_and_close(int file, std::span<const std::byte> bytes, const auto& before_closing) {
+  int reason = 0;
+  while (!bytes.empty() && !reason) {
+    // At most 1 GiB at a time: some systems take no more.
+    const ::ssize_t got = ::write(file, bytes.data(), std::min<std::size_t>(bytes.size(), 1 << 30));
+    if (got < 0 && errno != EINTR) reason = errno;
+    if (got == 0) reason = EIO;
+    if (got > 0) bytes = bytes.subspan(static_cast<std::size_t>(got));
+  }
+  if (!reason) reason = before_closing();
+  if (::close(file) != 0 && !reason && errno != EINTR) reason = errno;
+  return reason;
+}
+
+inline int rename_or_remove(const std::filesystem::path& part, const std::filesystem::path& path,
+                            int reason) {
+  if (!reason && std::rename(part.c_str(), path.c_str()) != 0) reason = errno;
+  if (reason) ::unlink(part.c_str());
+  return reason;
+}
+
+/// Writes a new file, which then takes the name `path`. Returns an error number, 0 for none. Where
+/// the system can, the file has no name until it is whole: nothing is left of it then when the
+/// program is killed.
+inline int write_and_rename(const std::filesystem::path& path, std::span<const std::byte> bytes) {
+  const std::filesystem::path part = part_of(path);
+#ifdef O_TMPFILE
+  const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : ".";
+  const int unnamed = ::open(folder.c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, 0666);
+  if (unnamed >= 0) {
+    bool renames = false, links = true;
+    int reason = write_and_close(unnamed, bytes, [&] {
+      const std::string self = "/proc/self/fd/" + std::to_string(unnamed);
+      const auto link = [&](const std::filesystem::path& name) {
+        return ::linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) ? errno
+                                                                                           : 0;
+      };
+      int failed = link(path);
+      if (failed == EEXIST) {  // a link replaces nothing
+        failed = link(part);
+        renames = failed == 0;
+      }
+      links = failed != ENOENT;  // without /proc
+      return failed;
+    });
+    if (renames) reason = rename_or_remove(part, path, reason);
+    if (links) return reason;
+  } else if (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL && errno != ENOENT)
+    return errno;
+#endif
+  const int file = ::open(part.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0666);
+  if (file < 0) return errno;
+  return rename_or_remove(part, path, write_and_close(file, bytes, [] { return 0; }));
+}
+
+#endif
+
+}  // namespace detail
 
 /// Writes a whole file or nothing: into a new file beside `path`, which then takes its name. Throws
 /// `error` with the system's reason (a missing folder, no permission, a full disk), or where `path`
@@ -130,23 +173,8 @@ inline void replace_file(const std::filesystem::path& path, std::span<const std:
   std::error_code unknown;
   if (std::filesystem::exists(path, unknown) && !std::filesystem::is_regular_file(path, unknown))
     fail(path.string(), ": is not a regular file, and is not replaced");
-  std::filesystem::path temporary = path;
-  temporary += std::string(".").append(std::to_string(std::random_device{}())).append(".part");
-  const auto give_up = [&](const char* what, int reason) {
-    std::error_code ignored;
-    std::filesystem::remove(temporary, ignored);
-    fail(path.string(), ": ", what, ": ", std::strerror(reason));
-  };
-  std::FILE* file = detail::create_file(temporary);
-  if (!file) fail(path.string(), ": cannot be created: ", std::strerror(errno));
-  const bool written =
-      (bytes.empty() || std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size()) &&
-      std::fflush(file) == 0;
-  const int reason = errno;
-  if (std::fclose(file) != 0 || !written) give_up("cannot be written", reason);
-  std::error_code failed;
-  std::filesystem::rename(temporary, path, failed);
-  if (failed) give_up("cannot be put in place", failed.value());
+  if (const int reason = detail::write_and_rename(path, bytes))
+    fail(path.string(), ": cannot be written: ", std::strerror(reason));
 }
 
 }  // namespace microtome::io

@@ -29,6 +29,7 @@ namespace detail {
 struct zip_closer {
   void operator()(zip_t* archive) const { zip_discard(archive); }
   void operator()(zip_file_t* file) const { zip_fclose(file); }
+  void operator()(zip_source_t* source) const { zip_source_free(source); }
 };
 
 inline std::string zip_message(int code) {
@@ -50,6 +51,22 @@ public:
     archive_.reset(zip_open(path_.c_str(), ZIP_RDONLY | ZIP_CHECKCONS, &code));
     if (!archive_) fail(path_, ": is not a readable .npz archive: ", detail::zip_message(code));
   }
+
+  /// Reads from memory, which must outlive this object; `name` stands for it in messages.
+  npz_reader(std::span<const std::byte> bytes, std::string name) : path_(std::move(name)) {
+    zip_error_t failure;
+    zip_error_init(&failure);
+    zip_source_t* source = zip_source_buffer_create(bytes.data(), bytes.size(), 0, &failure);
+    if (source) archive_.reset(zip_open_from_source(source, ZIP_RDONLY | ZIP_CHECKCONS, &failure));
+    const std::string reason = zip_error_strerror(&failure);
+    zip_error_fini(&failure);
+    if (archive_) return;
+    zip_source_free(source);
+    fail(path_, ": is not a readable .npz archive: ", reason);
+  }
+
+  /// The file's path, or what stands for it.
+  const std::string& name() const { return path_; }
 
   bool contains(const std::string& name) const {
     return zip_name_locate(archive_.get(), (name + ".npy").c_str(), 0) >= 0;
@@ -175,37 +192,61 @@ public:
     bytes.insert(bytes.end(), payload.begin(), payload.end());
   }
 
-  /// Writes all or nothing: libzip writes beside `path` and renames at the end. Throws `error` with
-  /// the reason.
+  /// Writes all or nothing, as replace_file does. Throws `error` with the reason.
   void write(const std::filesystem::path& path,
              npz_compression compression = npz_compression::deflate) const {
-    const std::string name = path.string();
-    int code = 0;
-    std::unique_ptr<zip_t, detail::zip_closer> archive(
-        zip_open(name.c_str(), ZIP_CREATE | ZIP_TRUNCATE, &code));
-    if (!archive) fail(name, ": cannot be created: ", detail::zip_message(code));
-    for (const entry& e : entries_) {
-      zip_source_t* source = zip_source_buffer(archive.get(), e.bytes.data(), e.bytes.size(), 0);
-      const zip_int64_t added =
-          source ? zip_file_add(archive.get(), e.name.c_str(), source, ZIP_FL_ENC_UTF_8) : -1;
-      if (added < 0) {
-        zip_source_free(source);
-        fail(name, ": cannot be composed: ", zip_strerror(archive.get()));
-      }
-      const auto index = static_cast<zip_uint64_t>(added);
-      // zlib's level 3: label maps gain little from more.
-      if (compression == npz_compression::deflate)
-        zip_set_file_compression(archive.get(), index, ZIP_CM_DEFLATE, 3);
-      else
-        zip_set_file_compression(archive.get(), index, ZIP_CM_STORE, 0);
-      zip_file_set_dostime(archive.get(), index, 0, 1 << 5 | 1, 0);  // 1980-01-01, as NumPy's
-    }
-    if (zip_close(archive.get()) != 0)
-      fail(name, ": cannot be written: ", zip_strerror(archive.get()));
-    static_cast<void>(archive.release());  // zip_close has freed it
+    replace_file(path, compose(path.string(), compression));
   }
 
 private:
+  /// The archive's bytes.
+  std::vector<std::byte> compose(const std::string& name, npz_compression compression) const {
+    zip_error_t failure;
+    zip_error_init(&failure);
+    const auto give_up = [&] {
+      const std::string reason = zip_error_strerror(&failure);
+      zip_error_fini(&failure);
+      fail(name, ": cannot be composed: ", reason);
+    };
+    const std::unique_ptr<zip_source_t, detail::zip_closer> target(
+        zip_source_buffer_create(nullptr, 0, 0, &failure));
+    if (!target) give_up();
+    zip_source_keep(target.get());  // the archive lets go of it, and its bytes are read then
+    std::unique_ptr<zip_t, detail::zip_closer> archive(
+        zip_open_from_source(target.get(), ZIP_CREATE | ZIP_TRUNCATE, &failure));
+    if (!archive) {
+      zip_source_free(target.get());
+      give_up();
+    }
+    const auto check = [&](bool done) {
+      if (!done) fail(name, ": cannot be composed: ", zip_strerror(archive.get()));
+    };
+    for (const entry& e : entries_) {
+      zip_source_t* source = zip_source_buffer(archive.get(), e.bytes.data(), e.bytes.size(), 0);
+      check(source != nullptr);
+      const zip_int64_t added =
+          zip_file_add(archive.get(), e.name.c_str(), source, ZIP_FL_ENC_UTF_8);
+      if (added < 0) zip_source_free(source);
+      check(added >= 0);
+      const auto index = static_cast<zip_uint64_t>(added);
+      // zlib's level 3: label maps gain little from more.
+      const bool deflates = compression == npz_compression::deflate;
+      check(zip_set_file_compression(archive.get(), index, deflates ? ZIP_CM_DEFLATE : ZIP_CM_STORE,
+                                     deflates ? 3 : 0) == 0);
+      check(zip_file_set_dostime(archive.get(), index, 0, 1 << 5 | 1, 0) == 0);  // 1980, as NumPy's
+    }
+    check(zip_close(archive.get()) == 0);
+    static_cast<void>(archive.release());  // zip_close has freed it
+    zip_stat_t status;
+    if (zip_source_stat(target.get(), &status) != 0 || zip_source_open(target.get()) != 0)
+      fail(name, ": cannot be composed: ", zip_error_strerror(zip_source_error(target.get())));
+    std::vector<std::byte> bytes(static_cast<std::size_t>(status.size));
+    const zip_int64_t got = zip_source_read(target.get(), bytes.data(), bytes.size());
+    zip_source_close(target.get());
+    if (got != static_cast<zip_int64_t>(bytes.size())) fail(name, ": cannot be composed");
+    return bytes;
+  }
+
   struct entry {
     explicit entry(std::string entry_name) : name(std::move(entry_name)) {}
     std::string name;
