@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 
 import numpy as np
@@ -127,6 +128,15 @@ _GLOBALS = {
 }
 
 
+def _check_memory(pickled):
+    """Python's unpickler makes room for as many objects as the largest number says that one is remembered by."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(pickled):
+            raise CheckpointError(f"data.pkl is damaged: object {argument} in {len(pickled)} bytes")
+        if opcode.name == "STOP":
+            break
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file, archive):
         super().__init__(file)
@@ -207,8 +217,10 @@ class Archive:
         return values.astype(values.dtype.newbyteorder("="), copy=False)
 
     def unpickle(self):
+        pickled = self._read("data.pkl")
         try:
-            return _Unpickler(io.BytesIO(self._read("data.pkl")), self).load()
+            _check_memory(pickled)
+            return _Unpickler(io.BytesIO(pickled), self).load()
         except CheckpointError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
@@ -268,7 +280,7 @@ def state_dict(content):
     if not found:
         what = f"a {type(content).__name__}"
         if isinstance(content, dict):
-            what += f" with the keys {list(content)[:8]}"
+            what += f" with the keys {[key for key in content if isinstance(key, str)][:8]}"
         raise CheckpointError(
             f"no state dict found: expected a dict of tensors, or one under {', '.join(map(repr, PLACES))}; "
             f"found {what}"
