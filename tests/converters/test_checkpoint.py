@@ -196,3 +196,11 @@ def test_a_plain_pickle(tmp_path):
     (tmp_path / "x.pth").write_bytes(pickle.dumps({"a": 1}, protocol=4))
     with pytest.raises(checkpoint.CheckpointError, match="no ZIP"):
         checkpoint.load(tmp_path / "x.pth")
+
+
+def test_a_number_that_python_would_reserve_memory_for(tmp_path):
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")  # 32 GB in Python's unpickler
+    with pytest.raises(checkpoint.CheckpointError, match="object 2147483647 in 9 bytes"):
+        checkpoint.load(path)
