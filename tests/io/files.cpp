@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <cstdint>
 #include <fstream>
+#include <thread>
 
 #include <microtome/io/case.hpp>
 #include <microtome/io/overlay.hpp>
@@ -279,6 +281,29 @@ TEST_CASE("a failed write leaves what was there, and nothing else") {
     CHECK(std::filesystem::is_character_file(device));
   }
   CHECK(fs::exists(blocked / "inside"));
+  CHECK(folder.files() == 1);
+}
+
+TEST_CASE("files that several write at once are one's of them, and nothing else stays") {
+  const temporary_folder folder;
+  const std::filesystem::path path = folder / "x";
+  const std::filesystem::path left = folder / ".x.whole";  // by one that was killed
+  std::ofstream(left) << "left";
+  std::vector<std::thread> writers;
+  for (int i = 0; i < 4; ++i)
+    writers.emplace_back([&path, i] {
+      const std::vector<std::byte> content(100'000 + static_cast<std::size_t>(i), std::byte(i));
+      for (int times = 0; times < 50; ++times) io::replace_file(path, content);
+    });
+  for (std::thread& t : writers) t.join();
+  const io::whole_file file(path);
+  const std::span<const std::byte> bytes = file.bytes();
+  REQUIRE(bytes.size() >= 100'000);
+  const std::size_t written_by = bytes.size() - 100'000;
+  CHECK(std::count(bytes.begin(), bytes.end(), std::byte(written_by)) ==
+        static_cast<std::ptrdiff_t>(bytes.size()));
+  io::replace_file(path, {});
+  CHECK(io::whole_file(path).bytes().empty());
   CHECK(folder.files() == 1);
 }
 

@@ -121,45 +121,60 @@ inline int write_and_close(int file, std::span<const std::byte> bytes, const aut
   return reason;
 }
 
-inline int rename_or_remove(const std::filesystem::path& part, const std::filesystem::path& path,
-                            int reason) {
-  if (!reason && std::rename(part.c_str(), path.c_str()) != 0) reason = errno;
-  if (reason) ::unlink(part.c_str());
+#ifdef O_TMPFILE
+
+/// Gives a file that has no name yet the name `path`, which another may have. A link replaces
+/// nothing, so that it is linked under a name of its own first. One that is killed in between
+/// leaves a whole file of that name, and the next one that writes `path` removes it; it cannot tell
+/// whether another program is just there, which then has to write again: EAGAIN.
+inline int link_and_rename(const std::string& unnamed, const std::filesystem::path& path) {
+  const auto link = [&](const std::filesystem::path& name) {
+    const int flags = AT_SYMLINK_FOLLOW;
+    return ::linkat(AT_FDCWD, unnamed.c_str(), AT_FDCWD, name.c_str(), flags) ? errno : 0;
+  };
+  int reason = link(path);
+  if (reason != EEXIST) return reason;
+  std::filesystem::path whole = path;
+  whole.replace_filename(std::string(".").append(path.filename().native()).append(".whole"));
+  while ((reason = link(whole)) == EEXIST)
+    if (::unlink(whole.c_str()) != 0 && errno != ENOENT) return errno;
+  if (reason || std::rename(whole.c_str(), path.c_str()) == 0) return reason;
+  if (errno == ENOENT) return EAGAIN;
+  reason = errno;
+  ::unlink(whole.c_str());
   return reason;
 }
+
+#endif
 
 /// Writes a new file, which then takes the name `path`. Returns an error number, 0 for none. Where
 /// the system can, the file has no name until it is whole: nothing is left of it then when the
 /// program is killed.
 inline int write_and_rename(const std::filesystem::path& path, std::span<const std::byte> bytes) {
-  const std::filesystem::path part = part_of(path);
 #ifdef O_TMPFILE
   const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : ".";
-  const int unnamed = ::open(folder.c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, 0666);
-  if (unnamed >= 0) {
-    bool renames = false, links = true;
-    int reason = write_and_close(unnamed, bytes, [&] {
-      const std::string self = "/proc/self/fd/" + std::to_string(unnamed);
-      const auto link = [&](const std::filesystem::path& name) {
-        return ::linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) ? errno
-                                                                                           : 0;
-      };
-      int failed = link(path);
-      if (failed == EEXIST) {  // a link replaces nothing
-        failed = link(part);
-        renames = failed == 0;
-      }
-      links = failed != ENOENT;  // without /proc
-      return failed;
-    });
-    if (renames) reason = rename_or_remove(part, path, reason);
-    if (links) return reason;
-  } else if (errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL && errno != ENOENT)
-    return errno;
+  for (int tries = 0; tries < 1000; ++tries) {
+    const int unnamed = ::open(folder.c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, 0666);
+    if (unnamed < 0) {
+      if (errno == EOPNOTSUPP || errno == EISDIR || errno == EINVAL || errno == ENOENT) break;
+      return errno;
+    }
+    const std::string self = "/proc/self/fd/" + std::to_string(unnamed);
+    if (::access(self.c_str(), F_OK) != 0) {  // without /proc it cannot get a name
+      ::close(unnamed);
+      break;
+    }
+    const int reason = write_and_close(unnamed, bytes, [&] { return link_and_rename(self, path); });
+    if (reason != EAGAIN) return reason;
+  }
 #endif
+  const std::filesystem::path part = part_of(path);
   const int file = ::open(part.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0666);
   if (file < 0) return errno;
-  return rename_or_remove(part, path, write_and_close(file, bytes, [] { return 0; }));
+  int reason = write_and_close(file, bytes, [] { return 0; });
+  if (!reason && std::rename(part.c_str(), path.c_str()) != 0) reason = errno;
+  if (reason) ::unlink(part.c_str());
+  return reason;
 }
 
 #endif
