@@ -72,7 +72,7 @@ public:
     if (size > max_file_bytes)
       fail(path.string(), ": has ", size, " bytes, at most ", max_file_bytes, " are read");
     size_ = static_cast<std::size_t>(size);
-    bytes_ = std::make_unique_for_overwrite<std::byte[]>(size_);
+    bytes_.reset(new std::byte[size_]);  // left as it is, not cleared
     const std::size_t got = std::fread(bytes_.get(), 1, size_, file.get());
     if (std::ferror(file.get())) fail(path.string(), ": cannot be read: ", std::strerror(errno));
     if (got != size_)
