@@ -40,10 +40,12 @@ inline std::FILE* open_to_read(const std::filesystem::path& path) {
 #endif
 }
 
-/// `name` of a file that is being written beside `path`.
+/// The name of a file that is being written beside `path`. (Of text, since GCC's path breaks where
+/// memory runs out while it is appended to.)
 inline std::filesystem::path part_of(const std::filesystem::path& path) {
-  std::filesystem::path part = path;
-  return part += std::string(".").append(std::to_string(std::random_device{}())).append(".part");
+  std::filesystem::path::string_type name = path.native();
+  for (const char c : "." + std::to_string(std::random_device{}()) + ".part") name += c;
+  return name;
 }
 
 }  // namespace detail
@@ -128,14 +130,14 @@ inline int write_and_close(int file, std::span<const std::byte> bytes, const aut
 /// leaves a whole file of that name, and the next one that writes `path` removes it; it cannot tell
 /// whether another program is just there, which then has to write again: EAGAIN.
 inline int link_and_rename(const std::string& unnamed, const std::filesystem::path& path) {
-  const auto link = [&](const std::filesystem::path& name) {
+  const auto link = [&](const std::string& name) {
     const int flags = AT_SYMLINK_FOLLOW;
     return ::linkat(AT_FDCWD, unnamed.c_str(), AT_FDCWD, name.c_str(), flags) ? errno : 0;
   };
-  int reason = link(path);
+  int reason = link(path.native());
   if (reason != EEXIST) return reason;
-  std::filesystem::path whole = path;
-  whole.replace_filename(std::string(".").append(path.filename().native()).append(".whole"));
+  std::string whole = path.native();
+  whole.insert(whole.find_last_of('/') + 1, ".").append(".whole");
   while ((reason = link(whole)) == EEXIST)
     if (::unlink(whole.c_str()) != 0 && errno != ENOENT) return errno;
   if (reason || std::rename(whole.c_str(), path.c_str()) == 0) return reason;
