@@ -5,17 +5,17 @@
 #include <string>
 
 #include <microtome/microtome.hpp>
-#include <microtome/quantize.hpp>
 
 #include "commands.hpp"
+#include "moments.hpp"
 
 namespace microtome::app {
 
 namespace {
 
 struct quantize_options {
-  std::string model, ranges, output;
-  std::string scheme = "full";
+  std::string model, ranges, moments, output;
+  std::string scheme = "recommended";
 };
 
 int run_quantize(const quantize_options& options) {
@@ -30,7 +30,8 @@ int run_quantize(const quantize_options& options) {
   if (std::filesystem::exists(options.output) &&
       std::filesystem::equivalent(options.output, options.model))
     throw usage_error(options.output + ": would replace the model that is read");
-  model_quantizer quantizer(scheme(options.scheme), ranges ? &*ranges : nullptr);
+  const moments_file moments(options.moments, options.model, file.fingerprint());
+  model_quantizer quantizer(scheme(options.scheme), ranges ? &*ranges : nullptr, moments.rounder());
   static_cast<void>(lite_medsam(file, {.hook = &quantizer}));
   quantizer.write(file, options.output);
 
@@ -53,11 +54,13 @@ command add_quantize(CLI::App& app) {
   const auto options = std::make_shared<quantize_options>();
   app.add_option("-m,--model", options->model, "model file, in fp32")->required();
   app.add_option("-r,--ranges", options->ranges, "what `calibrate` wrote for this model");
+  app.add_option("--moments", options->moments,
+                 "what `calibrate --moments` wrote for this model, to round weights by");
   app.add_option("-o,--output", options->output, "model file to write")->required();
-  app.add_option(
-         "--scheme", options->scheme,
-         "which layers become what: full, mix-dwsc, mix-mbc-neck, encoder, weights-only, or "
-         "rules like 'full, 0:*:conv2|conv3=fp32, !neck:*:*=bf16'")
+  app.add_option("--scheme", options->scheme,
+                 "which layers become what: recommended, full, mix-dwsc, mix-mbc-neck, encoder, "
+                 "weights-only, or "
+                 "rules like 'full, 0:*:conv2|conv3=fp32, !neck:*:*=bf16'")
       ->capture_default_str();
   return [options] { return run_quantize(*options); };
 }

@@ -13,6 +13,7 @@
 
 #include "cases.hpp"
 #include "commands.hpp"
+#include "moments.hpp"
 #include "plot.hpp"
 
 namespace microtome::app {
@@ -24,9 +25,9 @@ namespace fs = std::filesystem;
 enum class grain { layer, block, stage };
 
 struct sensitivity_options {
-  std::string model, ranges, input, output, plot;
+  std::string model, ranges, moments, input, output, plot;
   grain unit = grain::block;
-  double budget = 0.005;
+  double budget = 0.025;
   int threads = 0;
 };
 
@@ -34,7 +35,6 @@ struct labelled_case {
   fs::path path;
   io::segmentation_case input;
   label_map truth;
-  label_map fp32;  // what the model finds before anything is quantised
 };
 
 /// How a model does on the cases.
@@ -42,7 +42,7 @@ struct score {
   double dice = 0;       ///< against ground truth, mean over the labels of all cases
   double dice_fp32 = 1;  ///< against the fp32 model
   double iou_fp32 = 1;
-  double ms = 0;  ///< median time of a case
+  double time = 1;  ///< of a case, over fp32's just before: the median
 };
 
 /// Calls f with the Dice coefficient of each label that either map has.
@@ -62,7 +62,11 @@ void for_labels(const label_map& a, const label_map& b, Function&& f) {
 class analysis {
 public:
   analysis(const sensitivity_options& options)
-      : options_(options), file_(options.model), ranges_(activation_ranges::read(options.ranges)) {
+      : options_(options),
+        file_(options.model),
+        ranges_(activation_ranges::read(options.ranges)),
+        moments_(options.moments, options.model, file_.fingerprint()),
+        fp32_(file_, {}) {
     if (ranges_.model != file_.fingerprint())
       fail(options.ranges, ": the ranges are of another model than ", options.model);
     read_cases();
@@ -70,27 +74,24 @@ public:
 
   int run() {
     model_quantizer nothing(scheme("fp32"), &ranges_);
-    const score whole = measure(nothing, true);
-    std::printf("fp32: Dice %.4f, %.0f ms a case\n", whole.dice, whole.ms);
+    const score whole = measure(nothing);
+    std::printf("fp32: Dice %.4f\n", whole.dice);
     for (const layer_weight& layer : nothing.layers()) {
       unit& u = units_[unit_of(layer_place(layer.name))];
       u.bytes += 3 * layer.values.size();  // a byte for four
     }
-    std::printf("%-44s %9s %9s %9s %9s %8s\n", "unit", "loss", "dice32", "iou32", "kB saved",
-                "ms saved");
+    std::printf("%-44s %9s %9s %9s %9s %9s\n", "unit", "dice32", "iou32", "dice", "kB saved",
+                "time");
     for (auto& [pattern, u] : units_) {
-      model_quantizer one(scheme(pattern + "=int8"), &ranges_);
-      u.found = measure(one, false);
-      u.loss = whole.dice - u.found.dice;
-      u.ms_saved = whole.ms - u.found.ms;
-      std::printf("%-44s %9.5f %9.5f %9.5f %9.1f %8.1f\n", pattern.c_str(), u.loss,
-                  u.found.dice_fp32, u.found.iou_fp32, static_cast<double>(u.bytes) / 1e3,
-                  u.ms_saved);
+      model_quantizer one(scheme(pattern + "=int8"), &ranges_, moments_.rounder());
+      u.found = measure(one);
+      std::printf("%-44s %9.5f %9.5f %9.5f %9.1f %9.3f\n", pattern.c_str(), u.found.dice_fp32,
+                  u.found.iou_fp32, u.found.dice, static_cast<double>(u.bytes) / 1e3, u.found.time);
       std::fflush(stdout);
     }
-    write_table();
+    write_table(whole);
     if (!options_.plot.empty()) draw();
-    propose(whole);
+    propose();
     return 0;
   }
 
@@ -98,7 +99,6 @@ private:
   struct unit {
     index_t bytes = 0;
     score found;
-    double loss = 0, ms_saved = 0;
   };
 
   std::string unit_of(const layer_place& place) const {
@@ -110,38 +110,33 @@ private:
 
   void read_cases() {
     for (const fs::path& path : find_cases(options_.input))
-      cases_.push_back({path, io::read_case(path), io::read_labels(path, "gts"), {}});
+      cases_.push_back({path, io::read_case(path), io::read_labels(path, "gts")});
   }
 
-  /// Loads the model as `hook` makes it and segments all cases; `first` keeps what it finds.
-  score measure(model_quantizer& hook, bool first) {
+  /// Loads the model as `hook` makes it and segments all cases, each in fp32 first: a machine that
+  /// gets busier or hotter slows both down.
+  score measure(model_quantizer& hook) {
     const lite_medsam model(file_, {.hook = &hook});
-    session s(model, {.threads = options_.threads});
+    session fp32(fp32_, {.threads = options_.threads}), s(model, {.threads = options_.threads});
     std::vector<double> times, dice, dice_fp32, iou_fp32;
-    for (labelled_case& c : cases_) {
-      const auto start = std::chrono::steady_clock::now();
-      label_map found = segment_case(s, c.input);
-      const std::chrono::duration<double, std::milli> took =
-          std::chrono::steady_clock::now() - start;
-      times.push_back(took.count());
+    for (const labelled_case& c : cases_) {
+      const auto timed = [&](session& on, label_map& found) {
+        const auto start = std::chrono::steady_clock::now();
+        found = segment_case(on, c.input);
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      };
+      label_map exact, found;
+      const double before = timed(fp32, exact);
+      times.push_back(timed(s, found) / before);
       for_labels(c.truth, found, [&](double d) { dice.push_back(d); });
-      if (first) {
-        c.fp32 = std::move(found);
-        continue;
-      }
-      for_labels(c.fp32, found, [&](double d) {
+      for_labels(exact, found, [&](double d) {
         dice_fp32.push_back(d);
         iou_fp32.push_back(d / (2 - d));
       });
     }
     std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2),
                      times.end());
-    score out{mean(dice), 1, 1, times[times.size() / 2]};
-    if (!first) {
-      out.dice_fp32 = mean(dice_fp32);
-      out.iou_fp32 = mean(iou_fp32);
-    }
-    return out;
+    return {mean(dice), mean(dice_fp32), mean(iou_fp32), times[times.size() / 2]};
   }
 
   static double mean(const std::vector<double>& values) {
@@ -150,21 +145,23 @@ private:
     return values.empty() ? 1.0 : sum / static_cast<double>(values.size());
   }
 
-  /// Units, those that cost most first.
+  /// Units, those that change most of fp32's masks first.
   std::vector<std::pair<std::string, const unit*>> by_loss() const {
     std::vector<std::pair<std::string, const unit*>> sorted;
     for (const auto& [pattern, u] : units_) sorted.emplace_back(pattern, &u);
-    std::stable_sort(sorted.begin(), sorted.end(),
-                     [](const auto& a, const auto& b) { return a.second->loss > b.second->loss; });
+    std::stable_sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) {
+      return a.second->found.dice_fp32 < b.second->found.dice_fp32;
+    });
     return sorted;
   }
 
-  void write_table() const {
-    std::string text = "unit,dice,dice_loss,dice_to_fp32,miou_to_fp32,bytes_saved,ms_saved\n";
+  void write_table(const score& whole) const {
+    std::string text = "unit,dice,dice_loss,dice_to_fp32,miou_to_fp32,bytes_saved,time\n";
     char line[160];
     for (const auto& [pattern, u] : units_) {
-      std::snprintf(line, sizeof line, ",%.6f,%.6f,%.6f,%.6f,%td,%.2f\n", u.found.dice, u.loss,
-                    u.found.dice_fp32, u.found.iou_fp32, u.bytes, u.ms_saved);
+      std::snprintf(line, sizeof line, ",%.6f,%.6f,%.6f,%.6f,%td,%.4f\n", u.found.dice,
+                    whole.dice - u.found.dice, u.found.dice_fp32, u.found.iou_fp32, u.bytes,
+                    u.found.time);
       text += pattern + line;
     }
     io::replace_file(options_.output, std::as_bytes(std::span(text)));
@@ -173,21 +170,21 @@ private:
   void draw() const {
     std::vector<std::pair<std::string, double>> bars;
     for (const auto& [pattern, u] : by_loss()) bars.emplace_back(pattern, 1 - u->found.dice_fp32);
-    std::stable_sort(bars.begin(), bars.end(),
-                     [](const auto& a, const auto& b) { return a.second > b.second; });
     draw_bars(options_.plot, "1 - Dice against fp32, with this alone in int8", bars);
   }
 
-  /// All in int8 but for the units that cost most, as few as keep the loss within the budget.
+  /// All in int8 but for the units that cost most, as few as keep what is lost of fp32's masks
+  /// within the budget. (Dice against labels would hide it: where fp32 errs, noise may help.)
   /// Losses are not quite additive, so that each proposal is measured.
-  void propose(const score& whole) {
+  void propose() {
     std::string text = "full";
     const auto worst = by_loss();
     for (std::size_t kept = 0;; ++kept) {
-      model_quantizer proposal{scheme(text), &ranges_};
-      const score found = measure(proposal, false);
-      const double loss = whole.dice - found.dice;
-      std::printf("%s: loss %.5f, %.0f ms a case\n", text.c_str(), loss, found.ms);
+      model_quantizer proposal{scheme(text), &ranges_, moments_.rounder()};
+      const score found = measure(proposal);
+      const double loss = 1 - found.dice_fp32;
+      std::printf("%s: loss %.5f, Dice %.4f, time %.3f\n", text.c_str(), loss, found.dice,
+                  found.time);
       if (loss <= options_.budget) {
         std::printf("scheme within %.4f: %s\n", options_.budget, text.c_str());
         return;
@@ -201,6 +198,8 @@ private:
   const sensitivity_options& options_;
   const safetensors file_;
   const activation_ranges ranges_;
+  const moments_file moments_;
+  const lite_medsam fp32_;
   std::vector<labelled_case> cases_;
   std::map<std::string, unit> units_;
 };
@@ -212,6 +211,8 @@ command add_sensitivity(CLI::App& app) {
   app.add_option("-m,--model", options->model, "model file, in fp32")->required();
   app.add_option("-r,--ranges", options->ranges, "what `calibrate` wrote for this model")
       ->required();
+  app.add_option("--moments", options->moments,
+                 "what `calibrate --moments` wrote for this model, to round weights by");
   app.add_option("-i,--input", options->input, "folder of .npz cases with boxes and gts")
       ->required();
   app.add_option("-o,--output", options->output, "CSV file, a row for each unit")->required();
@@ -221,7 +222,8 @@ command add_sensitivity(CLI::App& app) {
   app.add_option("--by", options->unit, "what is quantised alone")
       ->transform(CLI::CheckedTransformer(names).description("{layer,block,stage}"))
       ->default_str("block");
-  app.add_option("--budget", options->budget, "Dice that the proposed scheme may lose")
+  app.add_option("--budget", options->budget,
+                 "Dice with fp32's masks that the proposed scheme may lose")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   app.add_option("--threads", options->threads, "threads; 0: every CPU")

@@ -30,13 +30,14 @@ def models(options, folder):
     if options.bf16:
         found.append(("bf16", first, ["--precision", "bf16"]))
     if options.scheme:
-        ranges = folder / "ranges.json"
+        ranges, moments = folder / "ranges.json", folder / "moments.safetensors"
         measures.link_cases(options.calibrate, folder / "calibration")
         measures.run(options.program, "calibrate", "-m", first, "-i", folder / "calibration", "-o", ranges,
-                     "--threads", options.threads)
+                     "--moments", moments, "--threads", options.threads)
     for number, scheme in enumerate(options.scheme):
         path = folder / f"{number}.safetensors"
-        measures.run(options.program, "quantize", "-m", first, "-r", ranges, "-o", path, "--scheme", scheme)
+        measures.run(options.program, "quantize", "-m", first, "-r", ranges, "--moments", moments, "-o", path,
+                     "--scheme", scheme)
         found.append((scheme, path, []))
     return found
 

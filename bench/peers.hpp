@@ -109,7 +109,7 @@ inline void run_peer(benchmark::State& state, const gemm_peer& peer, index_t m, 
   const auto product = peer.prepare({m, n, k, a.data(), b.data(), bias.data(), c.data()});
   product();
   tensor<std::byte> packed(shape{kernel.matrix(kernels::precision::fp32).packed_bytes(k, n)});
-  kernel.matrix(kernels::precision::fp32).pack_b(k, n, b.data(), n, 1, packed.data());
+  kernel.matrix(kernels::precision::fp32).pack_b(k, n, b.data(), n, 1, nullptr, packed.data());
   const auto a_rows = rows_of(a.data(), m, k);
   const auto c_rows = rows_of(ours.data(), m, n);
   kernel.matrix(kernels::precision::fp32)

@@ -67,8 +67,12 @@ public:
         b_(std::move(weights)),
         bias_(values({s.n})),
         scale_(values({s.n})),
+        inverse_(shape{depth()}),
+        zero_point_(shape{depth()}),
         c_(shape{s.m, s.n}),
         c_rows_(rows_of(c_.data(), s.m, s.n)) {
+    std::fill(inverse_.begin(), inverse_.end(), 50.0f);
+    std::fill(zero_point_.begin(), zero_point_.end(), 128.0f);
     for (float& v : b_)
       if (v != 0) v = std::copysign(std::max(1.0f, std::round(16 * std::abs(v))), v);
     for (index_t t = 0; t < s.taps; ++t)
@@ -85,7 +89,7 @@ public:
   }
   tensor<std::byte> packed(const kernels::matrix_kernels& matrix) const {
     tensor<std::byte> packed(shape{matrix.packed_bytes(depth(), shape_.n)});
-    matrix.pack_b(depth(), shape_.n, b_.data(), shape_.n, 1, packed.data());
+    matrix.pack_b(depth(), shape_.n, b_.data(), shape_.n, 1, zero_point_.data(), packed.data());
     return packed;
   }
 
@@ -100,7 +104,7 @@ public:
             .bias = bias_.data(),
             .act = shape_.act,
             .scale = scale_.data(),
-            .input = {0.02f, 128}};
+            .input = {inverse_.data(), zero_point_.data()}};
   }
 
   /// Counted as of a dense product.
@@ -113,7 +117,7 @@ private:
   index_t depth() const { return shape_.taps * shape_.k; }
 
   gemm_shape shape_;
-  tensor<float> a_, b_, bias_, scale_, c_;
+  tensor<float> a_, b_, bias_, scale_, inverse_, zero_point_, c_;
   std::vector<const float*> a_rows_;
   std::vector<float*> c_rows_;
 };

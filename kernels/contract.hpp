@@ -34,15 +34,16 @@ enum class precision {
 /// The longest sum of a GEMM, taps * k, but for fp32. (2^31 is 255 * 127 * 66311.)
 inline constexpr ptrdiff_t max_gemm_depth = 16384;
 
-/// How a float x becomes a byte q, which stands for (q - zero_point) * scale:
+/// How the floats x of a row of channels become bytes q, which stand for (q - zero_point) /
+/// inverse:
 ///
-///     q = min(max(round(x * (1 / scale)), -zero_point), 255 - zero_point) + zero_point
+///     q = min(max(round(x * inverse), -zero_point), 255 - zero_point) + zero_point
 ///
-/// 1 / scale and the product are rounded to fp32, round() is to the nearest, ties to even. So every
-/// target quantises alike, and zero is exact. 0 <= zero_point <= 255.
-struct quantization {
-  float scale = 1.0f;
-  int zero_point = 0;
+/// The product is rounded to fp32, round() is to the nearest, ties to even. So every target
+/// quantises alike, and zero is exact.
+struct channel_quantization {
+  const float* inverse = nullptr;     ///< (channels)
+  const float* zero_point = nullptr;  ///< (channels), whole numbers from 0 to 255
 };
 
 /// Products may be cut into pieces at multiples of this many columns of B. A multiple of the
@@ -57,7 +58,7 @@ inline constexpr ptrdiff_t column_slice = 64;
 /// in bf16 they take pairs along taps * k, the second of a pair first.
 ///
 /// With int8 factors B holds whole numbers from -127 to 127, and `scale` (n) is not null. For int8,
-/// scale[j] is that of `input` times that of B's column j, q the quantised A, and
+/// q is A, quantised as `input` (taps * k) says, whose zero points B was packed with, and
 ///
 ///     C = act(fma(float(sum of (q - zero_point) * B), scale, bias) + residual)
 ///
@@ -73,7 +74,7 @@ struct gemm_args {
   const float* const* residual = nullptr;  ///< [m] pointers to n floats
   activation act = activation::none;
   const float* scale = nullptr;
-  quantization input{};
+  channel_quantization input{};
   ptrdiff_t column = 0;  ///< of B, from which on n are multiplied: a multiple of column_slice
 };
 
@@ -147,9 +148,9 @@ struct matrix_kernels {
   /// Bytes that pack_b writes for B (k, n).
   ptrdiff_t (*packed_bytes)(ptrdiff_t k, ptrdiff_t n);
   /// Packs B, whole numbers for int8, given as (k, n) with element (i, j) at b[i * row_stride + j *
-  /// column_stride].
+  /// column_stride]. `zero_point` (k) are those of the A to come for int8, null otherwise.
   void (*pack_b)(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
-                 ptrdiff_t column_stride, void* packed);
+                 ptrdiff_t column_stride, const float* zero_point, void* packed);
   void (*gemm)(const gemm_args&);
   ptrdiff_t (*attention_scratch)(ptrdiff_t n_k, ptrdiff_t d_k, ptrdiff_t d_v);
   void (*attention)(const attention_args&);
@@ -186,8 +187,9 @@ struct table {
   ptrdiff_t (*attention_columns)(ptrdiff_t n_k);
 
   void (*depthwise3x3)(const depthwise_args&);
-  /// q - zero_point of n floats, as floats; out may be x.
-  void (*quantize)(ptrdiff_t n, const float* x, quantization to, float* out);
+  /// q - zero_point of (rows, channels) floats, as floats; out may be x.
+  void (*quantize)(ptrdiff_t rows, ptrdiff_t channels, const float* x, channel_quantization to,
+                   float* out);
   void (*layer_norm)(const layer_norm_args&);
 
   void (*activate)(activation, ptrdiff_t n, const float* x, float* out);

@@ -7,8 +7,8 @@
 ///     step                   products a lane adds up at once
 ///     a_element, b_element   a step of a row of A, of a column of B
 ///     a_byte                 an element of A in a step
-///     offset(input)          what is missing of A, as it is multiplied, to A less its zero point;
-///                            that much of the column's sum is added in the end
+///     keeps_zero_point, less whether bytes of A still have their zero point in them, and what else
+///                            is taken from them: both are made up for at the end
 ///     broadcast, load_column, dot    a step of A, lanes steps of B, sum + their products
 #pragma once
 
@@ -34,7 +34,8 @@ struct int8_products<int8_dot::one> {
   using a_element = std::int32_t;
   using b_element = std::int8_t;
   using a_byte = std::int32_t;
-  static constexpr int offset(quantization) { return 0; }
+  static constexpr bool keeps_zero_point = false;
+  static constexpr int less = 0;
   using factor_tag = bits_tag;
   using factors = sums_vector;
   static HWY_INLINE factors broadcast(a_element a) { return hn::Set(bits_tag(), a); }
@@ -57,7 +58,8 @@ struct int8_products<int8_dot::vpmaddwd> {
   using a_element = std::uint32_t;  ///< two 16-bit numbers
   using b_element = std::uint16_t;  ///< two bytes
   using a_byte = std::int16_t;
-  static constexpr int offset(quantization) { return 0; }
+  static constexpr bool keeps_zero_point = false;
+  static constexpr int less = 0;
   using factor_tag = hn::Repartition<std::int16_t, float_tag>;
   using factors = hn::Vec<factor_tag>;
   static HWY_INLINE factors broadcast(a_element a) {
@@ -89,7 +91,8 @@ struct int8_quads {
 /// Unsigned by signed: A as it is.
 struct unsigned_quads : int8_quads {
   using a_byte = std::uint8_t;
-  static constexpr int offset(quantization input) { return -input.zero_point; }
+  static constexpr bool keeps_zero_point = true;
+  static constexpr int less = 0;
 };
 
 #if defined(__AVX512VNNI__) && HWY_TARGET == HWY_AVX3
@@ -118,7 +121,8 @@ struct int8_products<int8_dot::usdot> : unsigned_quads {
 template <>
 struct int8_products<int8_dot::sdot> : int8_quads {
   using a_byte = std::int8_t;
-  static constexpr int offset(quantization input) { return 128 - input.zero_point; }
+  static constexpr bool keeps_zero_point = true;
+  static constexpr int less = 128;
   static HWY_INLINE sums_vector dot(sums_vector sum, factors a, factors b) {
     return sums_vector(
         vdotq_s32(sum.raw, vreinterpretq_s8_u32(b.raw), vreinterpretq_s8_u32(a.raw)));

@@ -26,7 +26,8 @@ inline ptrdiff_t block_rows(ptrdiff_t row_bytes, ptrdiff_t least) {
   return std::clamp(256 * 1024 / row_bytes / tile_rows * tile_rows, least, max_block_rows);
 }
 
-/// Bytes of the sums over each column that follow a panel of whole numbers.
+/// Bytes of what follows a panel of whole numbers: for each column the sum of what is missing of A
+/// times B.
 template <class Inputs>
 inline constexpr ptrdiff_t column_sum_bytes =
     std::is_integral_v<typename Inputs::sum> ? panel_width * 4 : 0;
@@ -50,22 +51,24 @@ inline ptrdiff_t packed_bytes(ptrdiff_t k, ptrdiff_t n) {
 /// are zeros.
 template <class Inputs>
 inline void pack_b(ptrdiff_t k, ptrdiff_t n, const float* b, ptrdiff_t row_stride,
-                   ptrdiff_t column_stride, void* packed) {
+                   ptrdiff_t column_stride, const float* zero_point, void* packed) {
   auto* panel = static_cast<std::byte*>(packed);
   for (ptrdiff_t n0 = 0; n0 < n; n0 += panel_width, panel += panel_bytes<Inputs>(k)) {
     auto* out = reinterpret_cast<typename Inputs::b_element*>(panel);
-    float total[panel_width] = {};
+    std::int32_t missing[panel_width] = {};
     for (ptrdiff_t i = 0; i < k; i += Inputs::step)
       for (ptrdiff_t j = 0; j < panel_width; ++j) {
         float x[Inputs::step] = {};
         for (ptrdiff_t s = 0; s < Inputs::step && i + s < k && n0 + j < n; ++s) {
           x[s] = b[(i + s) * row_stride + (n0 + j) * column_stride];
-          total[j] += x[s];
+          if constexpr (column_sum_bytes<Inputs> != 0)
+            missing[j] += Inputs::missing(zero_point ? static_cast<int>(zero_point[i + s]) : 0) *
+                          static_cast<std::int32_t>(x[s]);
         }
         *out++ = Inputs::pack(x);
       }
     if constexpr (column_sum_bytes<Inputs> != 0)
-      std::copy_n(total, panel_width,
+      std::copy_n(missing, panel_width,
                   reinterpret_cast<std::int32_t*>(panel + panel_bytes<Inputs>(k) -
                                                   column_sum_bytes<Inputs>));
   }
@@ -140,9 +143,9 @@ inline void gemm_rows(const gemm_args& args, const a_rows<Inputs>& rows, ptrdiff
       std::copy_n(args.scale + n0, columns, scale);
     }
     if constexpr (whole) {
-      const auto* totals = reinterpret_cast<const std::int32_t*>(
-          panel + panel_bytes<Inputs>(depth) - column_sum_bytes<Inputs>);
-      for (ptrdiff_t j = 0; j < panel_width; ++j) start[j] = Inputs::offset(args.input) * totals[j];
+      std::copy_n(reinterpret_cast<const std::int32_t*>(panel + panel_bytes<Inputs>(depth) -
+                                                        column_sum_bytes<Inputs>),
+                  panel_width, start);
     } else if constexpr (Inputs::scaled) {
       std::fill_n(start, panel_width, 0.0f);
     } else {

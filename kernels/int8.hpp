@@ -10,29 +10,23 @@
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
-/// Quantises vectors of floats to whole numbers from -zero_point to 255 - zero_point.
-class quantizer {
-public:
-  explicit quantizer(quantization q)
-      : inverse_(1.0f / q.scale),
-        least_(static_cast<float>(-q.zero_point)),
-        most_(static_cast<float>(255 - q.zero_point)) {}
+/// Floats as whole numbers from -zero_point to 255 - zero_point.
+template <class Tag>
+HWY_INLINE hn::Vec<hn::RebindToSigned<Tag>> quantized(Tag tag, hn::Vec<Tag> x, hn::Vec<Tag> inverse,
+                                                      hn::Vec<Tag> zero_point) {
+  const auto least = hn::Neg(zero_point);
+  const auto most = hn::Sub(hn::Set(tag, 255.0f), zero_point);
+  return nearest_int(hn::Min(hn::Max(hn::Mul(x, inverse), least), most));
+}
 
-  template <class Tag>
-  HWY_INLINE hn::Vec<hn::RebindToSigned<Tag>> operator()(Tag tag, const float* x) const {
-    const auto scaled = hn::Mul(hn::LoadU(tag, x), hn::Set(tag, inverse_));
-    return nearest_int(hn::Min(hn::Max(scaled, hn::Set(tag, least_)), hn::Set(tag, most_)));
-  }
-
-private:
-  float inverse_, least_, most_;
-};
-
-inline void quantize(ptrdiff_t n, const float* x, quantization to, float* out) {
-  const quantizer quantized(to);
-  for_lanes(n, [&](auto tag, ptrdiff_t i) {
-    hn::StoreU(hn::ConvertTo(tag, quantized(tag, x + i)), tag, out + i);
-  });
+inline void quantize(ptrdiff_t rows, ptrdiff_t channels, const float* x, channel_quantization to,
+                     float* out) {
+  for (ptrdiff_t i = 0; i < rows; ++i, x += channels, out += channels)
+    for_lanes(channels, [&](auto tag, ptrdiff_t c) {
+      const auto whole = quantized(tag, hn::LoadU(tag, x + c), hn::LoadU(tag, to.inverse + c),
+                                   hn::LoadU(tag, to.zero_point + c));
+      hn::StoreU(hn::ConvertTo(tag, whole), tag, out + c);
+    });
 }
 
 struct int8_inputs : int8_products<target::int8> {
@@ -64,18 +58,27 @@ struct int8_inputs : int8_products<target::int8> {
     return out;
   }
 
-  /// Makes rows of A of the form that is multiplied: quantised, less the zero point or by offset()
-  /// more. What is missing of the last step meets zeros of B.
+  /// What is missing of an element of A, as it is multiplied, to A less its zero point.
+  static constexpr int missing(int zero_point) {
+    return int8_inputs::less - (int8_inputs::keeps_zero_point ? zero_point : 0);
+  }
+
+  /// Makes rows of A of the form that is multiplied: quantised, but for what is `missing`. What is
+  /// missing of the last step meets zeros of B.
   class converter {
   public:
-    explicit converter(const gemm_args& args)
-        : quantized_(args.input), offset_(-offset(args.input)) {}
+    explicit converter(const gemm_args& args) : input_(args.input) {}
 
     void operator()(ptrdiff_t n, const float* x, a_element* row) const {
       auto* out = reinterpret_cast<a_byte*>(row);
       for_lanes(n, [&](auto tag, ptrdiff_t i) {
         const hn::RebindToSigned<decltype(tag)> whole;
-        const auto q = hn::Sub(quantized_(tag, x + i), hn::Set(whole, -offset_));
+        const auto zero_point = hn::LoadU(tag, input_.zero_point + i);
+        auto q =
+            quantized(tag, hn::LoadU(tag, x + i), hn::LoadU(tag, input_.inverse + i), zero_point);
+        if constexpr (int8_inputs::keeps_zero_point)
+          q = hn::Add(q, hn::ConvertTo(whole, zero_point));
+        if constexpr (int8_inputs::less != 0) q = hn::Sub(q, hn::Set(whole, int8_inputs::less));
         if constexpr (sizeof(a_byte) == 4) {
           hn::StoreU(q, whole, out + i);
         } else {
@@ -87,8 +90,7 @@ struct int8_inputs : int8_products<target::int8> {
     }
 
   private:
-    quantizer quantized_;
-    int offset_;
+    channel_quantization input_;
   };
 };
 

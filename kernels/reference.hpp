@@ -67,10 +67,9 @@ inline void gemm_bf16(const gemm_args& args) {
 }
 
 /// q - zero_point.
-inline std::int32_t quantize(float x, quantization to) {
-  const float scaled = std::nearbyint(x * (1.0f / to.scale));
-  const float least = static_cast<float>(-to.zero_point), most = 255.0f + least;
-  return static_cast<std::int32_t>(std::clamp(scaled, least, most));
+inline std::int32_t quantize(float x, float inverse, float zero_point) {
+  const float scaled = std::nearbyint(x * inverse);
+  return static_cast<std::int32_t>(std::clamp(scaled, -zero_point, 255.0f - zero_point));
 }
 
 /// What the product is in int8, bit for bit where there are fused multiply-adds; without
@@ -82,7 +81,8 @@ inline void gemm_int8(const gemm_args& args) {
       std::int64_t sum = 0;
       for (ptrdiff_t at = 0; at < args.taps * args.k; ++at) {
         const float x = args.a[at / args.k * args.m + i][at % args.k];
-        sum += quantize(x, args.input) * static_cast<std::int64_t>(b[at * args.n + j]);
+        sum += quantize(x, args.input.inverse[at], args.input.zero_point[at]) *
+               static_cast<std::int64_t>(b[at * args.n + j]);
       }
       const float bias = args.bias ? args.bias[j] : 0.0f;
       args.c[i][j] = std::fma(static_cast<float>(sum), args.scale[j], bias);

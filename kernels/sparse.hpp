@@ -127,8 +127,8 @@ public:
   /// The i-th row of B in that order, of `count`.
   static ptrdiff_t order(ptrdiff_t i, ptrdiff_t) { return i; }
   static constexpr bool converts = false;
-  /// A vector of A's factors from the floats at x.
-  vector factor(const float* x) const { return hn::Load(float_tag(), x); }
+  /// A vector of A's factors from the floats at x, which are of channel `i`, counted over all taps.
+  vector factor(const float* x, ptrdiff_t) const { return hn::Load(float_tag(), x); }
 };
 
 template <>
@@ -143,7 +143,7 @@ public:
     return (i ^ 1) < count ? i ^ 1 : i;  // the second of a pair first
   }
   static constexpr bool converts = true;
-  vector factor(const float* x) const {
+  vector factor(const float* x, ptrdiff_t) const {
     const float_tag tag;
     return hn::BitCast(tag, round_to_bf16(tag, hn::Load(tag, x)));
   }
@@ -154,16 +154,18 @@ public:
 template <>
 class sparse_factors<int8_inputs> {
 public:
-  explicit sparse_factors(const gemm_args& args) : quantized_(args.input) {}
+  explicit sparse_factors(const gemm_args& args) : input_(args.input) {}
   static float element(float x) { return x; }
   static ptrdiff_t order(ptrdiff_t i, ptrdiff_t) { return i; }
   static constexpr bool converts = true;
-  vector factor(const float* x) const {
-    return hn::ConvertTo(float_tag(), quantized_(float_tag(), x));
+  vector factor(const float* x, ptrdiff_t i) const {
+    const float_tag tag;
+    return hn::ConvertTo(tag, quantized(tag, hn::Load(tag, x), hn::Set(tag, input_.inverse[i]),
+                                        hn::Set(tag, input_.zero_point[i])));
   }
 
 private:
-  quantizer quantized_;
+  channel_quantization input_;
 };
 
 /// Calls f(group of all blocks, first row of the block in B, its rows, columns of the group,
@@ -380,7 +382,7 @@ inline void sparse_rows(const gemm_args& args, ptrdiff_t row, ptrdiff_t rows) {
         for (ptrdiff_t i = 0; factors.converts && i < depth; ++i)
           for (ptrdiff_t v = 0; v < vectors; ++v) {
             float* at = tile + i * Tile::tokens + v * lanes;
-            hn::Store(factors.factor(at), float_tag(), at);
+            hn::Store(factors.factor(at, tap * args.k + k0 + i), float_tag(), at);
           }
         add_block<Inputs::scaled, Tile>(args, block, tile, vectors, from, from + columns, sums);
       }

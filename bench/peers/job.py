@@ -66,9 +66,12 @@ class Job:
 
     def quantize(self, model):
         program, ranges, target = self.options.program, self.folder / "ranges.json", self.folder / "int8.safetensors"
+        moments = self.folder / "moments.safetensors"
         measures.link_cases(self.options.calibrate, self.folder / "calibration")
-        measures.run(program, "calibrate", "-m", model, "-i", self.folder / "calibration", "-o", ranges)
-        measures.run(program, "quantize", "-m", model, "-r", ranges, "-o", target, "--scheme", self.options.scheme)
+        measures.run(program, "calibrate", "-m", model, "-i", self.folder / "calibration", "-o", ranges,
+                     "--moments", moments)
+        measures.run(program, "quantize", "-m", model, "-r", ranges, "--moments", moments, "-o", target, "--scheme",
+                     self.options.scheme)
         return target
 
     def cases(self):
@@ -129,7 +132,7 @@ def main():
     parser.add_argument("--slices", type=int, help="of each, the middle ones (all; half an hour for 77 with "
                         "eleven organs on two cores)")
     parser.add_argument("--calibrate", type=pathlib.Path, help="folder of cases to calibrate on: 8 bits, too")
-    parser.add_argument("--scheme", default="full", help="of 8 bits (%(default)s)")
+    parser.add_argument("--scheme", default="recommended", help="of 8 bits (%(default)s)")
     parser.add_argument("--checkpoint", type=pathlib.Path, help=".pth file (LiteMedSAM's own weights)")
     parser.add_argument("--program", default=measures.PROGRAM)
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")

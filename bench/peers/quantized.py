@@ -32,7 +32,8 @@ import original
 SCHEMES = {  # label: scheme of `microtome quantize`
     "microtome fp32": None,
     "microtome int8, encoder": "encoder",
-    "microtome int8, encoder and decoder": "full",
+    "microtome int8, all layers": "full",
+    "microtome int8, recommended": "recommended",
     "microtome int8 weights": "weights-only",
 }
 PEERS = {  # label: runtime of worker.py, tool of quantizers.py, what it begins with
@@ -96,12 +97,13 @@ class Comparison:
     def start_ours(self, label, scheme):
         program, model = self.options.program, self.model
         if scheme:
-            ranges = self.folder / "ranges.json"
+            ranges, moments = self.folder / "ranges.json", self.folder / "moments.safetensors"
             if not ranges.exists():
                 measures.run(program, "calibrate", "-m", model, "-i", self.folder / "calibration", "-o", ranges,
-                             "--observer", self.options.observer)
+                             "--moments", moments, "--observer", self.options.observer)
             model = self.folder / f"{scheme}.safetensors"
-            measures.run(program, "quantize", "-m", self.model, "-r", ranges, "-o", model, "--scheme", scheme)
+            measures.run(program, "quantize", "-m", self.model, "-r", ranges, "--moments", moments, "-o", model,
+                         "--scheme", scheme)
         sizes = [np.diff(tensor["data_offsets"])[0] for name, tensor in read_header(model).items()
                  if name.startswith("image_encoder.")]
         self.models[label], self.sizes[label] = model, sum(sizes)

@@ -192,7 +192,7 @@ private:
     const view<float> panels = memory.take({s.prompts, panel_floats()});
     for (index_t p = 0; p < s.prompts; ++p)
       filters_matrix().pack_b(filter(), count, filters.data() + p * filter(), 1,
-                              s.prompts * filter(), panels.row(p));
+                              s.prompts * filter(), nullptr, panels.row(p));
     // Row y of the image tokens becomes rows 4y to 4y + 3 of the masks, all of it in L2.
     ws.parallel(s.prompts * side_, [&](index_t task, scratch local) {
       const index_t p = task / side_;

@@ -26,10 +26,28 @@ inline std::uint16_t bf16_bits(float x) {
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/// Makes a layer's weight whole numbers from -127 to 127 with one scale per output channel, the
-/// largest weight of the channel becoming 127: w = round(v / scale), ties to even.
-inline void quantize_weight(layer_weight& layer, precision inputs) {
+/// Makes whole numbers of a layer's weight.
+class weight_rounder {
+public:
+  virtual ~weight_rounder() = default;
+
+  /// `layer` has its scale; its values become whole numbers from -127 to 127: here the nearest to
+  /// value / scale, ties to even.
+  virtual void round(layer_weight& layer) const {
+    for (index_t i = 0; i < layer.values.size(); ++i) {
+      const float whole = std::nearbyint(layer.values[i] / layer.scale[layer.channel(i)]);
+      layer.values[i] = std::clamp(whole, -127.0f, 127.0f);
+    }
+  }
+};
+
+/// Makes a layer's weight whole numbers with one scale per output channel, the largest weight of
+/// the channel, times the factor of its input, becoming 127.
+inline void quantize_weight(layer_weight& layer, precision inputs, const weight_rounder& rounder) {
   layer.inputs = inputs;
+  if (!layer.factor.empty())
+    for (index_t i = 0; i < layer.values.size(); ++i)
+      layer.values[i] *= layer.factor[layer.input_channel(i)];
   layer.scale = tensor<float>(shape{layer.out()});
   for (index_t i = 0; i < layer.values.size(); ++i) {
     float& scale = layer.scale[layer.channel(i)];
@@ -37,10 +55,7 @@ inline void quantize_weight(layer_weight& layer, precision inputs) {
   }
   for (float& scale : layer.scale)
     if (scale < weights::least_scale) scale = 1.0f;  // a channel of zeros
-  for (index_t i = 0; i < layer.values.size(); ++i) {
-    const float whole = std::nearbyint(layer.values[i] / layer.scale[layer.channel(i)]);
-    layer.values[i] = std::clamp(whole, -127.0f, 127.0f);
-  }
+  rounder.round(layer);
 }
 
 /// Loads a quantised model with its int8 products in floating point: see simulated_weight.
@@ -52,9 +67,13 @@ public:
 /// Quantises a model of fp32 weights as it is loaded, and keeps what `write` puts into a file.
 class model_quantizer : public layer_hook {
 public:
-  /// `ranges` may be null for a scheme that quantises weights alone.
-  model_quantizer(scheme chosen, const activation_ranges* ranges)
-      : scheme_(std::move(chosen)), ranges_(ranges) {}
+  /// `ranges` may be null for a scheme that quantises weights alone, `rounder` to round to the
+  /// nearest.
+  model_quantizer(scheme chosen, const activation_ranges* ranges,
+                  const weight_rounder* rounder = nullptr)
+      : scheme_(std::move(chosen)), ranges_(ranges), rounder_(rounder ? *rounder : nearest_) {}
+
+  model_quantizer(const model_quantizer&) = delete;
 
   void load(layer_weight& layer) override {
     if (layer.quantized())
@@ -68,10 +87,10 @@ public:
       if (range == ranges_->layers.end())
         wanted = precision::int8_weights;  // no case came through here
       else
-        layer.input = range->second.levels();
+        take_range(range->second, layer);
     }
     if (wanted == precision::int8 || wanted == precision::int8_weights)
-      quantize_weight(layer, wanted);
+      quantize_weight(layer, wanted, rounder_);
     else
       layer.inputs = wanted;
     if (wanted == precision::bf16)  // as the file will have them
@@ -110,6 +129,20 @@ public:
   }
 
 private:
+  static void take_range(const layer_range& found, layer_weight& layer) {
+    const auto in = static_cast<std::size_t>(layer.in());
+    if (found.ranges.size() != 1 && !(layer.depthwise && found.ranges.size() == in))
+      fail("quantize: there are ", found.ranges.size(), " ranges for ", layer.name, ", expected 1",
+           layer.depthwise ? " or " + std::to_string(in) : "");
+    for (const value_range& range : found.ranges) layer.input.push_back(range.levels());
+    if (found.factor.empty()) return;
+    if (layer.depthwise || found.factor.size() != in)
+      fail("quantize: there are ", found.factor.size(), " factors for ", layer.name, ", expected ",
+           layer.depthwise ? 0 : in);
+    layer.factor = tensor<float>(shape{layer.in()});
+    std::copy(found.factor.begin(), found.factor.end(), layer.factor.begin());
+  }
+
   static void add(safetensors_writer& out, const layer_weight& layer, const safetensors& file) {
     const std::string name = layer.name + ".weight";
     if (layer.quantized()) {
@@ -117,11 +150,16 @@ private:
       out.add_weight(name, "I8", layer.values.extents(), std::as_bytes(std::span(whole)));
       out.add(name + "_scale", layer.scale);
       if (layer.inputs != precision::int8) return;
-      tensor<float> scale(shape{1}), zero_point(shape{1});
-      scale[0] = layer.input.scale;
-      zero_point[0] = static_cast<float>(layer.input.zero_point);
+      const shape inputs{static_cast<index_t>(layer.input.size())};
+      tensor<float> scale(inputs), zero_point(inputs);
+      for (index_t i = 0; i < scale.size(); ++i) {
+        const quantization& input = layer.input[static_cast<std::size_t>(i)];
+        scale[i] = input.scale;
+        zero_point[i] = static_cast<float>(input.zero_point);
+      }
       out.add(layer.name + ".input_scale", scale);
       out.add(layer.name + ".input_zero_point", zero_point);
+      if (!layer.factor.empty()) out.add(layer.name + ".input_factor", layer.factor);
     } else if (layer.inputs == precision::bf16) {
       std::vector<std::uint16_t> halves;
       for (const float v : layer.values) halves.push_back(bf16_bits(v));
@@ -135,6 +173,8 @@ private:
 
   scheme scheme_;
   const activation_ranges* ranges_;
+  const weight_rounder nearest_;
+  const weight_rounder& rounder_;
   std::vector<layer_weight> layers_;
 };
 

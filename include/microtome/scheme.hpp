@@ -72,7 +72,8 @@ inline const char* name_of(precision p) {
 /// Layers that no rule matches are fp32.
 class scheme {
 public:
-  static constexpr std::array<std::array<const char*, 2>, 5> named{{
+  static constexpr std::array<std::array<const char*, 2>, 6> named{{
+      {"recommended", "*:*:*=int8, patch_embed:*:*=fp32, 0:0:conv1=fp32, 0:downsample:conv1=fp32"},
       {"full", "*:*:*=int8"},
       {"mix-dwsc", "*:*:*=int8, *:*:conv2|local_conv=fp32"},
       {"mix-mbc-neck", "*:*:*=int8, 0|neck|patch_embed:*:*=fp32"},

@@ -362,11 +362,11 @@ public:
     ws.parallel(s.prompts, [&](index_t prompt, scratch) {
       const index_t token = prompt * s.tokens;
       fold_keys(s.tokens, depth, k.row(token), rows.row(prompt), bias.row(prompt));
-      matrix_->pack_b(depth, scores, rows.row(prompt), 1, depth, into.row(prompt));
+      matrix_->pack_b(depth, scores, rows.row(prompt), 1, depth, nullptr, into.row(prompt));
       for (index_t head = 0; head < heads_; ++head)
         fold_values_(head, s.tokens, v.row(token) + head * features(), inner(),
                      rows.row(prompt) + head * s.dim(), heads_ * s.dim());
-      matrix_->pack_b(scores, s.dim(), rows.row(prompt), s.dim(), 1, out_of.row(prompt));
+      matrix_->pack_b(scores, s.dim(), rows.row(prompt), s.dim(), 1, nullptr, out_of.row(prompt));
     });
 
     const index_t blocks = block_count(s.pixels());

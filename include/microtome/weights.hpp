@@ -13,7 +13,6 @@
 namespace microtome {
 
 using kernels::precision;
-using kernels::quantization;
 
 /// Tokens that one task of a token-wise layer takes. Large enough to use packed weights many times,
 /// small enough that a task's intermediate rows stay in a core's L2 cache.
@@ -26,22 +25,34 @@ enum class sparsity {
   off
 };
 
-/// Sees what a layer multiplies, to learn its range. From several threads at once.
+/// Sees what a layer multiplies, to learn from it. From several threads at once.
 class input_observer {
 public:
   virtual ~input_observer() = default;
-  virtual void see(index_t rows, index_t columns, const float* const* x) = 0;
+  /// Rows of as many channels as the input has; x is [taps][rows].
+  virtual void see(index_t taps, index_t rows, index_t channels, const float* const* x) = 0;
+};
+
+/// How a float x becomes a byte, which stands for (byte - zero_point) * scale: see
+/// kernels::channel_quantization, whose inverse is 1 / scale in fp32.
+struct quantization {
+  float scale = 1.0f;
+  int zero_point = 0;
 };
 
 /// A layer's weight, and what its product is computed in.
 struct layer_weight {
   std::string name;  ///< module path
   precision inputs = precision::fp32;
-  tensor<float> values;    ///< whole numbers for int8 and int8_weights
-  tensor<float> scale;     ///< those of the output channels, (out), for int8 and int8_weights
-  int out_axis = 0;        ///< which axis of `values` the output channels are
-  bool folded = false;     ///< multiplied into others at load: may be stored in 8 bits, no more
-  quantization input{};    ///< for int8
+  tensor<float> values;  ///< whole numbers for int8 and int8_weights
+  tensor<float> scale;   ///< those of the output channels, (out), for int8 and int8_weights
+  int out_axis = 0;      ///< which axis of `values` the output channels are
+  bool folded = false;   ///< multiplied into others at load: may be stored in 8 bits, no more
+  bool depthwise = false;
+  std::vector<quantization> input;  ///< for int8: one, or one for each channel of depthwise ones
+  /// What channels of the input are divided by before they are quantised, and `values` have been
+  /// multiplied by, so that channels are of one size: (in), for int8, or none.
+  tensor<float> factor;
   bool simulated = false;  ///< int8 in floating point, with the same results: see simulated_weight
   index_t rows = token_block;  ///< about as many it multiplies at a time
   bool sparse = false;         ///< multiplied without its zeros, with the same results
@@ -56,13 +67,47 @@ struct layer_weight {
       inner *= values.extent(axis);
     return i / inner % out();
   }
-  /// What it stands for: values times scale.
+  /// Channels of the input.
+  index_t in() const { return depthwise ? out() : values.extent(1 - out_axis); }
+  /// The channel of the input that element i multiplies.
+  index_t input_channel(index_t i) const {
+    if (depthwise) return channel(i);
+    index_t inner = 1;
+    for (int axis = 2 - out_axis; axis < values.extents().rank(); ++axis)
+      inner *= values.extent(axis);
+    return i / inner % in();
+  }
+  /// What it stands for: values times scale, by factor.
   tensor<float> dequantized() const {
     tensor<float> out = values;
     if (quantized())
       for (index_t i = 0; i < out.size(); ++i) out[i] *= scale[channel(i)];
+    if (!factor.empty())
+      for (index_t i = 0; i < out.size(); ++i) out[i] /= factor[input_channel(i)];
     return out;
   }
+};
+
+/// How the kernels quantise the inputs of a layer in int8: see kernels::channel_quantization.
+class input_levels {
+public:
+  input_levels() = default;
+  /// For `taps` times the channels of the layer's input.
+  explicit input_levels(const layer_weight& layer, index_t taps = 1)
+      : inverse_(shape{taps * layer.in()}), zero_point_(inverse_.extents()) {
+    for (index_t i = 0; i < inverse_.size(); ++i) {
+      const index_t c = i % layer.in();
+      const quantization& input = layer.input[layer.input.size() == 1 ? 0 : std::size_t(c)];
+      inverse_[i] = 1.0f / (layer.factor.empty() ? input.scale : input.scale * layer.factor[c]);
+      zero_point_[i] = static_cast<float>(input.zero_point);
+    }
+  }
+
+  bool empty() const { return inverse_.empty(); }
+  kernels::channel_quantization get() const { return {inverse_.data(), zero_point_.data()}; }
+
+private:
+  tensor<float> inverse_, zero_point_;
 };
 
 /// How many of a layer's weights are zeros, and what it would take to skip them.
@@ -73,8 +118,8 @@ struct layer_sparsity {
   explicit layer_sparsity(const layer_weight& layer) {
     const tensor<float>& w = layer.values;
     zeros = std::count(w.begin(), w.end(), 0.0f);
-    if (w.extents().rank() == 4 && w.extent(1) == 1) {
-      why = "one input channel";
+    if (layer.depthwise) {
+      why = "depthwise";
       return;
     }
     const index_t in = w.extent(1 - layer.out_axis), taps = w.size() / (in * layer.out());
@@ -114,7 +159,9 @@ public:
 
 /// Where layers read their weights. A layer `<name>` is in 8 bits where `<name>.weight` is I8; then
 /// there is `<name>.weight_scale` (out) and, if its input is quantised too, `<name>.input_scale`
-/// and `<name>.input_zero_point` (1). Any `<name>.weight` may be compressed: see safetensors.
+/// and `<name>.input_zero_point`: (1), or (channels) for a depthwise convolution. Others may have
+/// `<name>.input_factor` (in): see layer_weight. Any `<name>.weight` may be compressed: see
+/// safetensors.
 class weights {
 public:
   /// Of an input: scales and their inverses are far from where fp32 ends.
@@ -146,13 +193,20 @@ public:
     return load(name, expected, out_axis, false);
   }
 
+  /// That of a depthwise 3x3 convolution, (channels, 1, 3, 3). It never mixes channels, so that
+  /// each may have a range of its own at no cost: its scale goes into that of the output channel.
+  layer_weight depthwise(const std::string& name, index_t channels) const {
+    return load(name, {channels, 1, 3, 3}, 0, false, true);
+  }
+
   /// The same in fp32, for a layer that is multiplied into others.
   tensor<float> folded(const std::string& name, shape expected) const {
     return load(name, expected, 0, true).dequantized();
   }
 
 private:
-  layer_weight load(const std::string& name, shape expected, int out_axis, bool folded) const {
+  layer_weight load(const std::string& name, shape expected, int out_axis, bool folded,
+                    bool depthwise = false) const {
     const std::string stored = name + ".weight";
     layer_weight layer;
     layer.name = name;
@@ -160,12 +214,13 @@ private:
     layer.out_axis = out_axis;
     layer.folded = folded;
     layer.rows = rows_;
+    layer.depthwise = depthwise;
     if (file_->contains(stored + "_scale")) {
       layer.inputs =
           file_->contains(name + ".input_scale") ? precision::int8 : precision::int8_weights;
       layer.values = file_->read_int8(stored, expected);
       layer.scale = file_->read(stored + "_scale", {layer.out()});
-      if (layer.inputs == precision::int8) layer.input = read_input(name);
+      if (layer.inputs == precision::int8) read_input(layer);
     } else {
       layer.values = file_->read(stored, expected);
       // In a file with a scheme, bf16 is what the layer is computed in, too.
@@ -177,16 +232,34 @@ private:
     return layer;
   }
 
-  quantization read_input(const std::string& name) const {
-    const float scale = file_->read(name + ".input_scale", {1})[0];
-    const float zero_point = file_->read(name + ".input_zero_point", {1})[0];
-    if (!(scale >= least_scale && scale <= 1 / least_scale))
-      fail(file_->name(), ": tensor '", name, ".input_scale' is ", scale, ", expected ",
-           least_scale, " to ", 1 / least_scale);
-    if (!(zero_point >= 0 && zero_point <= 255 && zero_point == std::floor(zero_point)))
-      fail(file_->name(), ": tensor '", name, ".input_zero_point' is ", zero_point,
-           ", expected a whole number from 0 to 255");
-    return {scale, static_cast<int>(zero_point)};
+  void read_input(layer_weight& layer) const {
+    const std::string& name = layer.name;
+    const bool one = file_->tensors().at(name + ".input_scale").extents == shape{1};
+    const shape expected{one || !layer.depthwise ? 1 : layer.in()};
+    const tensor<float> scales = read_scale(name + ".input_scale", expected);
+    const tensor<float> zero_points = file_->read(name + ".input_zero_point", expected);
+    for (index_t i = 0; i < expected.size(); ++i) {
+      const float zero_point = zero_points[i];
+      if (!(zero_point >= 0 && zero_point <= 255 && zero_point == std::floor(zero_point)))
+        fail(file_->name(), ": tensor '", name, ".input_zero_point' holds ", zero_point,
+             ", expected whole numbers from 0 to 255");
+      layer.input.push_back({scales[i], static_cast<int>(zero_point)});
+    }
+    if (!layer.depthwise && file_->contains(name + ".input_factor"))
+      layer.factor = read_scale(name + ".input_factor", {layer.in()});
+    for (const float factor : layer.factor)
+      if (const float step = factor * scales[0]; !(step >= least_scale && step <= 1 / least_scale))
+        fail(file_->name(), ": '", name, ".input_factor' times '", name, ".input_scale' is ", step,
+             ", expected ", least_scale, " to ", 1 / least_scale);
+  }
+
+  tensor<float> read_scale(const std::string& name, shape expected) const {
+    tensor<float> scales = file_->read(name, expected);
+    for (const float scale : scales)
+      if (!(scale >= least_scale && scale <= 1 / least_scale))
+        fail(file_->name(), ": tensor '", name, "' holds ", scale, ", expected ", least_scale,
+             " to ", 1 / least_scale);
+    return scales;
   }
 
   const safetensors* file_;

@@ -46,7 +46,7 @@ void check(const gemm_case& g) {
   };
   const auto run_packed = [&](const kernels::matrix_kernels& matrix) {
     tensor<std::byte> packed(shape{matrix.packed_bytes(depth, g.n)});
-    matrix.pack_b(depth, g.n, b.data(), g.n, 1, packed.data());
+    matrix.pack_b(depth, g.n, b.data(), g.n, 1, nullptr, packed.data());
     tensor<float> fast(slow.extents());
     run(matrix.gemm, packed.data(), fast);
     return fast;
@@ -104,7 +104,7 @@ TEST_CASE("gemm gives the same bits for a row wherever it stands") {
   const tensor<float> b = random_tensor({k, n}, 2);
   const kernels::matrix_kernels& matrix = kernels::active().matrix(inputs);
   tensor<std::byte> packed(shape{matrix.packed_bytes(k, n)});
-  matrix.pack_b(k, n, b.data(), n, 1, packed.data());
+  matrix.pack_b(k, n, b.data(), n, 1, nullptr, packed.data());
   const auto run = [&](index_t first, index_t count, tensor<float>& c) {
     const auto a_rows = row_pointers_of(a.row(first), count, k);
     const auto c_rows = row_pointers_of(c.row(first), count, n);
@@ -126,8 +126,8 @@ TEST_CASE("pack_b takes a transposed matrix") {
   for (const auto inputs : {kernels::precision::fp32, kernels::precision::bf16}) {
     const kernels::matrix_kernels& matrix = kernels::active().matrix(inputs);
     tensor<std::byte> one(shape{matrix.packed_bytes(k, n)}), other(one.extents());
-    matrix.pack_b(k, n, b.data(), n, 1, one.data());
-    matrix.pack_b(k, n, transposed.data(), 1, k, other.data());
+    matrix.pack_b(k, n, b.data(), n, 1, nullptr, one.data());
+    matrix.pack_b(k, n, transposed.data(), 1, k, nullptr, other.data());
     CHECK(std::equal(one.begin(), one.end(), other.begin()));
   }
 }
@@ -141,7 +141,7 @@ TEST_CASE("bf16 rounds to even, keeps signs, infinities and what is not a number
   const kernels::matrix_kernels& matrix = kernels::active().matrix(kernels::precision::bf16);
   const float one = 1.0f, beyond = NAN;
   tensor<std::byte> packed(shape{matrix.packed_bytes(1, 1)});
-  matrix.pack_b(1, 1, &one, 1, 1, packed.data());
+  matrix.pack_b(1, 1, &one, 1, 1, nullptr, packed.data());
   tensor<float> out(shape{count + 1});
   auto a = row_pointers_of(x.data(), count, 1);
   a.push_back(&beyond);

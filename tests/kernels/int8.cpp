@@ -2,13 +2,13 @@
 #include <kernels/reference.hpp>
 
 #include "fma.hpp"
+#include "levels.hpp"
 
 namespace microtome::tests {
 
 namespace {
 
 using kernels::precision;
-using kernels::quantization;
 
 /// What the last rounding may differ by where the target has no fused multiply-add.
 double tolerance() {
@@ -32,7 +32,8 @@ tensor<float> random_scale(index_t n, unsigned seed) {
 
 struct int8_case {
   index_t m, n, k, taps = 1;
-  quantization input{0.02f, 117};
+  int zero_point = 117;
+  bool same = true;  ///< levels for all channels
   bool bias = true, residual = false;
 };
 
@@ -47,6 +48,7 @@ public:
         bias_(random_tensor({g.n}, 3)),
         residual_(random_tensor({g.m, g.n + 5}, 4)),
         scale_(random_scale(g.n, 5)),
+        input_(depth_, 0.02f, g.zero_point, g.same),
         a_rows_(row_pointers_of(std::as_const(a_).data(), g.taps * g.m, g.k + 3)),
         residual_rows_(row_pointers_of(std::as_const(residual_).data(), g.m, g.n + 5)) {
     std::shuffle(a_rows_.begin(), a_rows_.end(), std::mt19937(5));
@@ -67,7 +69,7 @@ public:
                                 .residual = g_.residual ? residual_rows_.data() : nullptr,
                                 .act = act,
                                 .scale = scale_.data(),
-                                .input = g_.input});
+                                .input = input_.get()});
     return c;
   }
 
@@ -75,7 +77,7 @@ public:
                            kernels::activation act = {}) const {
     const kernels::matrix_kernels& matrix = kernels::active().matrix(inputs);
     tensor<std::byte> packed(shape{matrix.packed_bytes(depth_, g_.n)});
-    matrix.pack_b(depth_, g_.n, b.data(), g_.n, 1, packed.data());
+    matrix.pack_b(depth_, g_.n, b.data(), g_.n, 1, input_.get().zero_point, packed.data());
     return run(matrix.gemm, packed.data(), act);
   }
 
@@ -85,6 +87,7 @@ private:
   int8_case g_;
   index_t depth_;
   tensor<float> a_, b_, bias_, residual_, scale_;
+  levels input_;
   std::vector<const float*> a_rows_, residual_rows_;
 };
 
@@ -93,7 +96,8 @@ void check_int8(const int8_case& g) {
   CAPTURE(g.n);
   CAPTURE(g.k);
   CAPTURE(g.taps);
-  CAPTURE(g.input.zero_point);
+  CAPTURE(g.zero_point);
+  CAPTURE(g.same);
   const int8_gemm product(g);
   const tensor<float> slow = product.run(kernels::reference::gemm_int8, product.b().data());
   CHECK(max_error(product.run_packed(precision::int8, product.b()), slow) <= tolerance());
@@ -110,12 +114,15 @@ TEST_CASE("int8 gemm equals the exact reference bit for bit at every remainder")
     for (const index_t n : {1, 7, 8, 15, 16, 17, 33})
       for (const index_t k : {1, 2, 3, 4, 5, 19})
         for (const int zero_point : {0, 117, 255})
-          check_int8({.m = m, .n = n, .k = k, .input = {0.02f, zero_point}});
+          for (const bool same : {true, false})
+            check_int8({.m = m, .n = n, .k = k, .zero_point = zero_point, .same = same});
 }
 
 TEST_CASE("int8 gemm equals the exact reference beyond its cache blocks, with taps and residual") {
   check_int8({.m = 3, .n = 37, .k = 2050});
   check_int8({.m = 401, .n = 70, .k = 131});
+  check_int8({.m = 401, .n = 70, .k = 131, .same = false});
+  check_int8({.m = 23, .n = 35, .k = 17, .taps = 9, .same = false});
   check_int8({.m = 29, .n = 19, .k = 1700, .bias = false});
   check_int8({.m = 23, .n = 35, .k = 17, .taps = 9});
   check_int8({.m = 31, .n = 16, .k = 256, .taps = 9, .residual = true});
@@ -136,7 +143,8 @@ TEST_CASE("int8 gemm sums exactly where 16 bits, and fp32, would not") {
     std::fill(b.begin(), b.end(), 127.0f * sign);
     b[k - 1] = 126.0f * sign;
     tensor<std::byte> packed(shape{matrix.packed_bytes(k, 1)});
-    matrix.pack_b(k, 1, b.data(), 1, 1, packed.data());
+    const levels input(k, 0.5f, 0);
+    matrix.pack_b(k, 1, b.data(), 1, 1, input.get().zero_point, packed.data());
     const float scale = 1.0f, *row = a.data();
     float result = 0, *out = &result;
     matrix.gemm({.m = 1,
@@ -146,7 +154,7 @@ TEST_CASE("int8 gemm sums exactly where 16 bits, and fp32, would not") {
                  .b = packed.data(),
                  .c = &out,
                  .scale = &scale,
-                 .input = {0.5f, 0}});
+                 .input = input.get()});
     CHECK(result == static_cast<float>(255LL * (127 * k - 1)) * sign);
   }
 }
@@ -167,15 +175,30 @@ TEST_CASE("quantising rounds to even, clamps, and keeps zero exact") {
                                 63.4f,  63.8f,   1e30f, -1e30f, 64.0f, -31.9f, -32.1f,
                                 -64.0f, 0.2499f, 10.3f, 11.1f,  -7.7f};
   for (const int zero_point : {0, 64, 255}) {
-    const quantization to{0.5f, zero_point};
+    const auto count = static_cast<index_t>(x.size());
+    const levels to(count, 0.5f, zero_point);
     std::vector<float> out(x.size() + 1, 77.0f);
-    kernels::active().quantize(static_cast<index_t>(x.size()), x.data(), to, out.data());
+    kernels::active().quantize(1, count, x.data(), to.get(), out.data());
     for (std::size_t i = 0; i < x.size(); ++i) {
       CAPTURE(x[i]);
-      CHECK(out[i] == static_cast<float>(kernels::reference::quantize(x[i], to)));
+      CHECK(out[i] == static_cast<float>(to.of(x[i], static_cast<index_t>(i))));
     }
     CHECK(out[0] == 0);
     CHECK(out.back() == 77.0f);
+  }
+}
+
+TEST_CASE("quantising channels, each with its own scale") {
+  for (const index_t channels : {1, 3, 8, 16, 37}) {
+    const index_t rows = 5;
+    const tensor<float> x = random_tensor({rows, channels}, 1, 3.0f);
+    const levels to(channels, 0.003f, 41, false);
+    tensor<float> out(shape{rows, channels});
+    kernels::active().quantize(rows, channels, x.data(), to.get(), out.data());
+    for (index_t i = 0; i < x.size(); ++i) {
+      CAPTURE(i);
+      CHECK(out[i] == static_cast<float>(to.of(x[i], i % channels)));
+    }
   }
 }
 
@@ -189,7 +212,8 @@ TEST_CASE("int8 depthwise 3x3 equals the exact reference bit for bit") {
           CAPTURE(n_out);
           const index_t n_in = (n_out - 1) * stride + 2;
           tensor<float> x = random_tensor({3, n_in * channels}, 1, 2.0f);
-          kernels::active().quantize(x.size(), x.data(), {0.01f, 113}, x.data());
+          const levels input(channels, 0.01f, 113, false);
+          kernels::active().quantize(3 * n_in, channels, x.data(), input.get(), x.data());
           const tensor<float> weights = random_weights({9, channels}, 2);
           const tensor<float> bias = random_tensor({channels}, 3);
           const tensor<float> scale = random_scale(channels, 4);

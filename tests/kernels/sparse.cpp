@@ -4,6 +4,7 @@
 #include <kernels/reference.hpp>
 
 #include "fma.hpp"
+#include "levels.hpp"
 
 namespace microtome::tests {
 
@@ -47,13 +48,14 @@ tensor<float> multiply(const sparse_case& s, const tensor<float>& b, kernel whic
   tensor<float> scale = random_tensor({s.n}, 5, 1e-2f), c(shape{s.m, s.n + 5});
   const kernels::matrix_kernels& matrix = kernels::active().matrix(s.inputs);
   const index_t depth = s.taps * s.k;
+  const levels input(depth, 0.02f, 117, s.k % 2 == 0);
   const kernels::sparse_matrix pruned{s.taps, s.k, s.n, b.data(), s.n, 1, rows};
   tensor<std::byte> packed(
       shape{sparse ? matrix.sparse_bytes(pruned) : matrix.packed_bytes(depth, s.n)});
   if (sparse)
     matrix.pack_sparse(pruned, packed.data());
   else
-    matrix.pack_b(depth, s.n, b.data(), s.n, 1, packed.data());
+    matrix.pack_b(depth, s.n, b.data(), s.n, 1, input.get().zero_point, packed.data());
   auto a_rows = row_pointers_of(a.data(), s.taps * s.m, s.k + 3);
   std::shuffle(a_rows.begin(), a_rows.end(), std::mt19937(5));
   const auto c_rows = row_pointers_of(c.data(), s.m, s.n + 5);
@@ -70,7 +72,7 @@ tensor<float> multiply(const sparse_case& s, const tensor<float>& b, kernel whic
                           .residual = s.residual ? residual_rows.data() : nullptr,
                           .act = s.act,
                           .scale = scaled ? scale.data() : nullptr,
-                          .input = {0.02f, 117}};
+                          .input = input.get()};
   args.column = column;
   args.n -= column;
   if (args.bias) args.bias += column;

@@ -71,7 +71,7 @@ TEST_CASE("8 bits stay near fp32, and are not fp32") {
   const double full = error("full"), weights_only = error("weights-only");
   CHECK(full < 0.5);
   CHECK(full > 1e-3);
-  CHECK(weights_only < full);
+  CHECK(weights_only < 0.2);
   CHECK(weights_only > 1e-4);
   CHECK(error("fp32") == 0);
 }
@@ -82,8 +82,8 @@ TEST_CASE("int8 gives the same bits on every target with fused multiply-adds") {
     return;
   }
   const answer found = answer_of(quantized("full", calibrate(observer_kind::min_max)));
-  CHECK(hash_of(found.embedding) == 9914923979386566908u);
-  CHECK(hash_of(found.masks) == 10730705645284326908u);
+  CHECK(hash_of(found.embedding) == 14569155875002078093u);
+  CHECK(hash_of(found.masks) == 2512164997125401146u);
 }
 
 TEST_CASE("calibration does not depend on threads, and observers nest") {
@@ -94,14 +94,22 @@ TEST_CASE("calibration does not depend on threads, and observers nest") {
     const activation_ranges widest = calibrate(observer_kind::min_max);
     REQUIRE(one.layers.size() == three.layers.size());
     CHECK(one.layers.size() > 40);
-    for (const auto& [name, range] : one.layers) {
+    for (const auto& [name, found] : one.layers) {
+      const std::vector<value_range>& ranges = found.ranges;
       const std::string layer = name;
       CAPTURE(layer);
-      const value_range other = three.layers.at(layer), all = widest.layers.at(layer);
-      CHECK(range.low == other.low);
-      CHECK(range.high == other.high);
-      CHECK(range.low >= all.low - 1e-3f * (all.high - all.low));
-      CHECK(range.high <= all.high + 1e-3f * (all.high - all.low));
+      const bool depthwise = name.ends_with("local_conv.c") || name.ends_with("conv2.c");
+      CHECK((ranges.size() > 1) == depthwise);
+      REQUIRE(ranges.size() == three.layers.at(layer).ranges.size());
+      CHECK(found.factor == three.layers.at(layer).factor);
+      for (std::size_t i = 0; i < ranges.size(); ++i) {
+        const value_range range = ranges[i], other = three.layers.at(layer).ranges[i];
+        const value_range all = widest.layers.at(layer).ranges[i];
+        CHECK(range.low == other.low);
+        CHECK(range.high == other.high);
+        CHECK(range.low >= all.low - 1e-3f * (all.high - all.low));
+        CHECK(range.high <= all.high + 1e-3f * (all.high - all.low));
+      }
     }
   }
 }
@@ -143,10 +151,15 @@ TEST_CASE("weights become whole numbers with a scale per output channel") {
     for (index_t i = 0; i < layer.values.size(); ++i)
       if (i / stride % channels == 2) layer.values[i] = 0;
     const tensor<float> before = layer.values;
-    quantize_weight(layer, precision::int8);
+    // Columns of the weight, by powers of two, which round nothing.
+    layer.factor = tensor<float>(shape{layer.in()});
+    for (index_t c = 0; c < layer.in(); ++c) layer.factor[c] = c % 2 ? 0.5f : 2.0f;
+    quantize_weight(layer, precision::int8, weight_rounder());
     const tensor<float> after = layer.dequantized();
+    const index_t in_stride = axis == 0 ? 4 : 24;
     for (index_t i = 0; i < before.size(); ++i) {
-      const float scale = layer.scale[i / stride % channels];
+      const float factor = i / in_stride % layer.in() % 2 ? 0.5f : 2.0f;
+      const float scale = layer.scale[i / stride % channels] / factor;
       CHECK(layer.values[i] == std::nearbyint(layer.values[i]));
       CHECK(std::abs(layer.values[i]) <= 127);
       CHECK(std::abs(after[i] - before[i]) <= 0.5001f * scale);

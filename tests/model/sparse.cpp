@@ -84,7 +84,7 @@ TEST_CASE("pruned models in 8 bits give the same bits with and without their zer
     std::vector<std::string> names;
   } layers;
   static_cast<void>(lite_medsam(file, {.hook = &layers}));
-  for (const std::string& name : layers.names) ranges.layers[name] = {-3.0f, 4.0f};
+  for (const std::string& name : layers.names) ranges.layers[name] = {{{-3.0f, 4.0f}}, {}};
   for (const char* rules : {"full", "weights-only", "full, 1:*:*=bf16, *:*:mlp.fc1=fp32"}) {
     CAPTURE(rules);
     model_quantizer hook{scheme(rules), &ranges};
@@ -149,6 +149,7 @@ TEST_CASE("a layer is sparse where that is faster, and says why not") {
   for (index_t i = 1; i < layer.values.size(); ++i) layer.values[i] = 127;
   REQUIRE(layer_sparsity(layer).why != nullptr);
   CHECK_FALSE(layer_sparsity(layer).pays(sparsity::on));
+  layer.depthwise = true;
   layer.values = random_tensor({8, 1, 3, 3}, 1);
   layer.values[3] = 0;
   CHECK_FALSE(layer_sparsity(layer).pays(sparsity::on));

@@ -44,7 +44,8 @@ inline std::FILE* open_to_read(const std::filesystem::path& path) {
 /// memory runs out while it is appended to.)
 inline std::filesystem::path part_of(const std::filesystem::path& path) {
   std::filesystem::path::string_type name = path.native();
-  for (const char c : "." + std::to_string(std::random_device{}()) + ".part") name += c;
+  const std::string number = std::to_string(std::random_device{}());
+  for (const char c : std::string(".").append(number).append(".part")) name += c;
   return name;
 }
 
@@ -136,8 +137,9 @@ inline int link_and_rename(const std::string& unnamed, const std::filesystem::pa
   };
   int reason = link(path.native());
   if (reason != EEXIST) return reason;
-  std::string whole = path.native();
-  whole.insert(whole.find_last_of('/') + 1, ".").append(".whole");
+  const std::size_t name = path.native().find_last_of('/') + 1;
+  const std::string whole =
+      path.native().substr(0, name) + "." + path.native().substr(name) + ".whole";
   while ((reason = link(whole)) == EEXIST)
     if (::unlink(whole.c_str()) != 0 && errno != ENOENT) return errno;
   if (reason || std::rename(whole.c_str(), path.c_str()) == 0) return reason;

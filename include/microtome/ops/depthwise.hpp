@@ -3,6 +3,7 @@
 #include <kernels/macros_off.hpp>
 
 #include <algorithm>
+#include <array>
 #include <span>
 #include <string>
 
@@ -36,15 +37,16 @@ public:
       : stride_(stride),
         weights_(shape{9, channels}),
         bias_(file.read(name + ".bias", {channels})) {
-    const layer_weight layer = file.layer(name, {channels, 1, 3, 3});
+    const layer_weight layer = file.depthwise(name, channels);
     observer_ = layer.observer;
     const tensor<float> read = layer.inputs == precision::int8 ? layer.values : layer.dequantized();
     for (index_t c = 0; c < channels; ++c)
       for (index_t tap = 0; tap < 9; ++tap) weights_[tap * channels + c] = read[c * 9 + tap];
     if (layer.inputs != precision::int8) return;
-    input_ = layer.input;
     scale_ = tensor<float>(shape{channels});
-    for (index_t c = 0; c < channels; ++c) scale_[c] = layer.scale[c] * input_.scale;
+    for (index_t c = 0; c < channels; ++c)
+      scale_[c] = layer.scale[c] * layer.input[layer.input.size() == 1 ? 0 : std::size_t(c)].scale;
+    input_ = input_levels(layer);
   }
 
   index_t channels() const { return bias_.size(); }
@@ -53,9 +55,8 @@ public:
 
   /// Makes `count` pixels what `row` reads, in `out`, which may be x.
   void take(index_t count, const float* x, float* out) const {
-    if (observer_) observer_->see(1, count * channels(), &x);
     if (quantized())
-      kernels::active().quantize(count * channels(), x, input_, out);
+      kernels::active().quantize(count, channels(), x, input_.get(), out);
     else if (x != out)
       std::copy_n(x, count * channels(), out);
   }
@@ -64,6 +65,7 @@ public:
   /// made. The centre of output x is input column x * stride + first.
   void row(const float* const (&in)[3], index_t n_in, index_t first, index_t n_out, float* result,
            activation act = activation::none) const {
+    if (observer_) show(in, n_in, first, n_out);
     kernels::active().depthwise3x3({.rows = {in[0], in[1], in[2]},
                                     .n_in = n_in,
                                     .n_out = n_out,
@@ -78,9 +80,7 @@ public:
   }
 
   /// Floats of scratch that `rows` takes for a map of this width.
-  index_t ring_floats(index_t width) const {
-    return quantized() || observer_ ? 3 * width * channels() : 0;
-  }
+  index_t ring_floats(index_t width) const { return quantized() ? 3 * width * channels() : 0; }
 
   /// Serial: `count` rows of the result's map, from row y on, of x (size.tokens(), channels).
   void rows(map_size size, view<const float> x, index_t y, index_t count, float* result,
@@ -114,11 +114,29 @@ public:
   }
 
 private:
+  /// Shows the observer what `row` multiplies: nine pixels for each of the output.
+  void show(const float* const (&in)[3], index_t n_in, index_t first, index_t n_out) const {
+    const tensor<float> outside(shape{channels()});
+    std::array<const float*, 9 * max_rows> x;
+    for (index_t start = 0; start < n_out; start += max_rows) {
+      const index_t count = std::min(max_rows, n_out - start);
+      for (index_t tap = 0; tap < 9; ++tap)
+        for (index_t i = 0; i < count; ++i) {
+          const float* row = in[tap / 3];
+          const index_t column = (start + i) * stride_ + first + tap % 3 - 1;
+          x[static_cast<std::size_t>(tap * count + i)] =
+              row && column >= 0 && column < n_in ? row + column * channels() : outside.data();
+        }
+      observer_->see(9, count, channels(), x.data());
+    }
+  }
+
   index_t stride_ = 1;
   tensor<float> weights_;  // (3, 3, channels)
   tensor<float> bias_;     // (channels)
-  tensor<float> scale_;    // (channels), in int8: of pixels times weights
-  quantization input_{};
+  // In int8:
+  tensor<float> scale_;  // (channels), of pixels times weights
+  input_levels input_;   // of pixels
   input_observer* observer_ = nullptr;
 };
 

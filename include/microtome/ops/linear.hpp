@@ -57,7 +57,10 @@ public:
     for (index_t row = 0; row < args.m; ++row) {
       std::fill(sums.begin(), sums.end(), 0.0);
       for (index_t tap = 0; tap < args.taps; ++tap) {
-        kernels::active().quantize(args.k, args.a[tap * args.m + row], args.input, x.data());
+        const index_t first = tap * args.k;
+        kernels::active().quantize(1, args.k, args.a[tap * args.m + row],
+                                   {args.input.inverse + first, args.input.zero_point + first},
+                                   x.data());
         for (index_t i = 0; i < args.k; ++i) {
           const double factor = x[static_cast<std::size_t>(i)];
           const double* b = values_.row(tap * args.k + i) + args.column;
@@ -86,7 +89,7 @@ public:
   /// Packs B (k, n), element (i, j) at b[i * row_stride + j * column_stride], in fp32.
   packed_weight(index_t k, index_t n, const float* b, index_t row_stride, index_t column_stride)
       : depth_(k), width_(n), packed_(shape{matrix().packed_bytes(k, n)}) {
-    matrix().pack_b(k, n, b, row_stride, column_stride, packed_.data());
+    matrix().pack_b(k, n, b, row_stride, column_stride, nullptr, packed_.data());
   }
   /// Packs the values of a layer, rearranged to B (taps * k, n), element (i, j) at b[i * row_stride
   /// + j * column_stride]; column j belongs to output channel j mod out.
@@ -100,21 +103,22 @@ public:
     if (depth_ > kernels::max_gemm_depth)
       fail(layer.name, ": a layer of ", depth_, " inputs, at most ", kernels::max_gemm_depth,
            " are possible");
+    if (inputs_ == precision::int8) input_ = input_levels(layer, taps);
     const kernels::sparse_matrix pruned{taps, k, n, b, row_stride, column_stride, layer.rows};
     packed_ = tensor<std::byte>(
         shape{sparse_ ? matrix().sparse_bytes(pruned) : matrix().packed_bytes(depth_, n)});
     if (sparse_)
       matrix().pack_sparse(pruned, packed_.data());
     else
-      matrix().pack_b(depth_, n, b, row_stride, column_stride, packed_.data());
+      matrix().pack_b(depth_, n, b, row_stride, column_stride, input_.get().zero_point,
+                      packed_.data());
     if (layer.simulated && inputs_ == precision::int8)
       simulation_ = simulated_weight(depth_, n, b, row_stride, column_stride);
     if (!layer.quantized()) return;
-    input_ = layer.input;
     scale_ = tensor<float>(shape{n});
     for (index_t j = 0; j < n; ++j) {
       scale_[j] = layer.scale[j % layer.out()];
-      if (inputs_ == precision::int8) scale_[j] *= input_.scale;
+      if (inputs_ == precision::int8) scale_[j] *= layer.input[0].scale;
     }
   }
 
@@ -126,8 +130,8 @@ public:
   void multiply(kernels::gemm_args args) const {
     args.b = packed_.data();
     if (!scale_.empty()) args.scale = scale_.data() + args.column;
-    args.input = input_;
-    if (observer_ && args.column == 0) observer_->see(args.m * args.taps, args.k, args.a);
+    args.input = input_.get();
+    if (observer_ && args.column == 0) observer_->see(args.taps, args.m, args.k, args.a);
     if (!simulation_.empty()) return simulation_.multiply(args);
     sparse_ ? matrix().sparse_gemm(args) : matrix().gemm(args);
   }
@@ -141,7 +145,7 @@ private:
   bool sparse_ = false;
   tensor<std::byte> packed_;
   tensor<float> scale_;  // (n), for int8: see kernels::gemm_args
-  quantization input_{};
+  input_levels input_;   // for int8
   simulated_weight simulation_;
   input_observer* observer_ = nullptr;
 };
