@@ -30,7 +30,7 @@ value_range widest(const layer_range& found) {
   return all;
 }
 
-/// The names and numbers that rounding and pruning look for.
+/// What moment_rounder reads.
 void write_moments(const std::string& path, const activation_ranges& ranges, calibrator& watching) {
   safetensors_writer out;
   out.metadata("format", "microtome moments");
@@ -113,8 +113,7 @@ command add_calibrate(CLI::App& app) {
           CLI::CheckedTransformer(names).description("{min-max,average,percentile,mse,entropy}"))
       ->default_str("mse");
   app.add_option("--moments", options->moments,
-                 "safetensors file for the second moments, with which weights are rounded and "
-                 "pruned better");
+                 "safetensors file for the second moments, for `quantize --moments`");
   app.add_option("--plot", options->plot, "SVG file for the histograms");
   app.add_option("--threads", options->threads, "threads; 0: every CPU")
       ->check(CLI::Range(0, 1024))

@@ -3,7 +3,8 @@
 A layer NAME is `NAME.weight`, whole numbers from -127 to 127 in the checkpoint's shape, and
 `NAME.weight_scale`, one for each output channel: a weight is their product. Where its input is
 quantised, too, there are `NAME.input_scale` and `NAME.input_zero_point`, with which a number x becomes
-the byte clamp(round(x / scale) + zero_point, 0, 255).
+the byte clamp(round(x / scale) + zero_point, 0, 255). `microtome quantize` writes one of each per channel for
+depthwise convolutions, and `NAME.input_factor` per channel for others; neither is read or written here.
 """
 
 import dataclasses

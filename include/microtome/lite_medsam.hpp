@@ -33,7 +33,7 @@ struct load_options {
 /// The weights, packed for this machine's kernels. Immutable: any number of sessions share it.
 class lite_medsam {
 public:
-  /// Maps and packs a model file that converters/convert.py wrote. Throws `error` naming the file
+  /// Reads and packs a model file that converters/convert.py wrote. Throws `error` naming the file
   /// and the tensor where anything in it is not as expected.
   static lite_medsam load(const std::filesystem::path& path, load_options options = {}) {
     return lite_medsam(safetensors(path), options);
