@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Converts a LiteMedSAM checkpoint (.pth) into a model file for microtome (.safetensors).
 
-It prunes weights where asked to (see pruning.py), also those of a model file that it wrote before.
+It prunes weights where asked to, also those of a model file that it wrote before: by their magnitudes (see
+pruning.py), or by what calibration saw of the layers' inputs (see repair.py).
 
 A checkpoint that was trained with quantisation in the loop, as a Brevitas state dict or a quantised ONNX
 graph, keeps its 8-bit weights and its scales: see brevitas_state.py and onnx_file.py.
@@ -21,6 +22,7 @@ import model_file
 import onnx_file
 import pruning
 import quantized
+import repair
 
 BATCH_NORM_EPSILON = 1e-5
 IMAGE_SIZE = 256
@@ -150,6 +152,18 @@ def read_model_file(path):
     return tensors, config, metadata.get("pruning")
 
 
+def prune_by_moments(tensors, config, options, choices):
+    """The tensors of a model file pruned by second moments, its configuration, and what is to be said."""
+    if any(value.dtype == np.int8 for value in tensors.values()):
+        raise architecture.ArchitectureError("--calibration is for layers in floating point, but some are in 8 bits")
+    try:
+        moments = repair.Moments(options.calibration)
+    except (model_file.ModelFileError, OSError) as error:
+        raise model_file.ModelFileError(f"{options.calibration}: {error}") from None
+    moments.check(tensors, halve(tensors))
+    return (*repair.prune(tensors, moments, choices), config)
+
+
 def run(options):
     """Reads, prunes, converts, writes; returns what was written, in words."""
     quantisation = brevitas_state.Choices(options.scaling, options.weight_scales, tuple(options.unsigned))
@@ -162,12 +176,17 @@ def run(options):
         layers = []
     else:
         state, layers = read(options.checkpoint, options.base, options.image_size, quantisation)
-    state, layers, changed = pruning.prune(state, layers, choices)
-    if changed:
-        pruned = choices.text()
-    elif pruning.sparsity(state) >= pruning.LEAST_FOUND:
-        pruned = pruned or pruning.FOUND
-    tensors, config = convert(state, config, options.image_size, layers)
+    said = ""
+    if options.calibration:
+        tensors, said, config = prune_by_moments(*convert(state, config, options.image_size, layers), options, choices)
+        pruned = f"{choices.text()}, by moments"
+    else:
+        state, layers, changed = pruning.prune(state, layers, choices)
+        if changed:
+            pruned = choices.text()
+        elif pruning.sparsity(state) >= pruning.LEAST_FOUND:
+            pruned = pruned or pruning.FOUND
+        tensors, config = convert(state, config, options.image_size, layers)
     if options.storage == "fp16":
         tensors = halve(tensors)
     model_file.write(options.output, tensors, config, quantized.scheme(layers), pruned)
@@ -177,6 +196,8 @@ def run(options):
         words += f", {len(layers)} layers in 8 bits"
     if pruned:
         words += f", {100 * pruning.sparsity(tensors):.1f} % of the layers' weights are zero ({pruned})"
+    if said:
+        words += f"; {said}"
     return words
 
 
@@ -193,7 +214,8 @@ def fraction(text):
 
 def add_pruning(parser):
     group = parser.add_argument_group(
-        "pruning", "Weights of convolutions and linear layers that become zero, before BatchNorm is folded."
+        "pruning", "Weights of convolutions and linear layers that become zero, before BatchNorm is folded, or after it "
+        "with --calibration."
     )
     group.add_argument(
         "--prune", metavar="AMOUNT", type=fraction,
@@ -211,6 +233,11 @@ def add_pruning(parser):
         "--prune-keep", metavar="PATTERN", action="append", default=[],
         help="layers that stay as they are, such as 'mask_decoder.*' or '*.qkv'; may be repeated",
     )
+    group.add_argument(
+        "--calibration", metavar="MOMENTS",
+        help="what `microtome calibrate --moments` wrote of this model: weights are chosen by the error of the layers' "
+        "outputs, and the others make up for them; layers that bear it give up more, unless --prune-layerwise is given",
+    )
 
 
 def check_options(parser, options):
@@ -224,6 +251,8 @@ def check_options(parser, options):
         parser.error("--prune-layerwise needs --prune")
     if options.prune_keep and options.prune is None and not options.prune_2_4:
         parser.error("--prune-keep needs --prune or --prune-2-4")
+    if options.calibration and options.prune is None and not options.prune_2_4:
+        parser.error("--calibration needs --prune or --prune-2-4")
     options.image_size = options.image_size or IMAGE_SIZE
 
 

@@ -7,6 +7,7 @@ A weight with many zeros is stored without them: in place of `NAME.weight` there
                         whether weight i is among them; bits past the end are 0
 """
 
+import itertools
 import json
 import math
 import os
@@ -94,12 +95,25 @@ def write(path, tensors, config, scheme=None, pruning=None):
 def _header(data):
     size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else len(data)
     if size > len(data) - 8:
-        raise ModelFileError("not a model file, or cut off: its header is longer than the file")
+        raise ModelFileError("not a safetensors file, or cut off: its header is longer than the file")
     try:
         header = json.loads(data[8 : 8 + size])
         return header, {**header.pop("__metadata__")}, 8 + size
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ModelFileError("not a model file: no header with metadata") from None
+        raise ModelFileError("not a safetensors file: no header with metadata") from None
+
+
+def fingerprint(tensors):
+    """The number by which the program tells a file of these tensors from others: see `fingerprint` in
+    include/microtome/safetensors.hpp."""
+    digest = 0xCBF29CE484222325
+    for name, value in sorted(compressed(tensors).items()):
+        stored = value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
+        words = np.frombuffer(stored + bytes(-len(stored) % 8), "<u8").tolist()
+        shape = "(" + ", ".join(map(str, value.shape)) + ")"
+        for word in itertools.chain((name + shape).encode(), words):
+            digest = (digest ^ word) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return f"{digest:016x}"
 
 
 def _tensor(name, entry, data):
@@ -156,15 +170,20 @@ def expanded(tensors, shapes):
     return dense
 
 
-def read(path):
-    """The tensors {name: array} of a model file, weights with all their zeros, its configuration and its
-    metadata."""
+def read_safetensors(path):
+    """The tensors {name: array} of a file and its metadata."""
     with open(path, "rb") as file:
         data = file.read()
     header, metadata, start = _header(data)
+    return {name: _tensor(name, entry, memoryview(data)[start:]) for name, entry in header.items()}, metadata
+
+
+def read(path):
+    """The tensors {name: array} of a model file, weights with all their zeros, its configuration and its
+    metadata."""
+    tensors, metadata = read_safetensors(path)
     if (metadata.get("format"), metadata.get("format_version")) != ("microtome", FORMAT_VERSION):
         raise ModelFileError(f"not a model file of microtome, version {FORMAT_VERSION}")
-    tensors = {name: _tensor(name, entry, memoryview(data)[start:]) for name, entry in header.items()}
     try:
         config = json.loads(metadata["config"])
         shapes = architecture.expected_shapes(config, architecture.folded_convolutions(tensors))

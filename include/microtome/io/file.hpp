@@ -44,9 +44,9 @@ inline std::FILE* open_to_read(const std::filesystem::path& path) {
 /// memory runs out while it is appended to.)
 inline std::filesystem::path part_of(const std::filesystem::path& path) {
   std::filesystem::path::string_type name = path.native();
-  const std::string number = std::to_string(std::random_device{}());
-  for (const char c : std::string(".").append(number).append(".part")) name += c;
-  return name;
+  std::string ending = ".";
+  ending.append(std::to_string(std::random_device{}())).append(".part");
+  return name.append(ending.begin(), ending.end());
 }
 
 }  // namespace detail
