@@ -7,7 +7,8 @@ are read, and any other key of a quantiser is refused:
     NAME.weight_quant.tensor_quant.scaling_impl.value
     NAME.input_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.value
         The largest magnitude T (not the scale), one for the tensor or, of weights, one for each
-        output channel as (out, 1, 1, 1), in a transposed convolution (1, out, 1, 1). The scale is T / 127
+        output channel as (out, 1, 1, 1), in a transposed convolution (1, out, 1, 1); of a depthwise
+        convolution's input one for each channel as (1, channels, 1, 1). The scale is T / 127
         for weights, which go from -127 to 127; T / 128 for signed inputs, which go from -128 to 127;
         T / 255 for unsigned ones. Where the scale is restricted to logarithms (LOG_FP), log2(T) is
         kept; where to powers of two (POWER_OF_TWO, the quantisers named FixedPoint), also, T being
@@ -133,14 +134,24 @@ def _weight_scale(quantiser, weight, name, choices):
     return _threshold(value, key, choices).reshape(out) / levels
 
 
-def _input(quantiser, name, choices):
+def _per_channel(found, name, weight):
+    """The numbers of an input quantiser: one, or for a depthwise convolution maybe one for each channel."""
+    value, key = found
+    depthwise = weight.ndim == 4 and weight.shape[1] == 1
+    allowed = [(1, len(weight), 1, 1), (len(weight),)] if depthwise else []
+    if value.size != 1 and value.shape not in allowed:
+        expected = f"one number or {allowed[0]}" if depthwise else "one number"
+        raise ArchitectureError(f"{key} has shape {value.shape}, expected {expected}")
+    return value.reshape(-1), key
+
+
+def _input(quantiser, name, weight, choices):
     stored = quantiser.take("scaling_impl.value", "scaling_impl.learned_value")
     if not stored:
         raise ArchitectureError(
             f"{quantiser.prefix}scaling_impl.value is missing: the scale of {name}'s input was never learned"
         )
-    value, key = stored
-    threshold = _threshold(_single(value, key), key, choices)
+    threshold = _threshold(*_per_channel(stored, name, weight), choices)
     least = quantiser.take("zero_point_impl.value")
     unsigned = least is not None or choices.is_unsigned(name)
     levels = 2.0 ** (8 if unsigned else 7)
@@ -148,12 +159,13 @@ def _input(quantiser, name, choices):
         levels = 255.0
     scale = threshold / np.float32(levels)
     if least is None:
-        return quantized.Input(scale, 0 if unsigned else 128)
-    value, key = least
-    zero_point = float(np.rint(np.abs(_single(value, key)) / scale))
-    if zero_point > 255:
-        raise ArchitectureError(f"{key} makes the zero point {zero_point:g}, expected 0 to 255")
-    return quantized.Input(scale, int(zero_point))
+        return quantized.Input(tuple(scale.tolist()), (0 if unsigned else 128,) * len(scale))
+    value, key = _per_channel(least, name, weight)
+    with np.errstate(over="ignore"):
+        scale, zero_point = np.broadcast_arrays(scale, np.rint(np.abs(value) / scale))
+    if (zero_point > 255).any():
+        raise ArchitectureError(f"{key} makes the zero point {zero_point.max():g}, expected 0 to 255")
+    return quantized.Input(tuple(scale.tolist()), tuple(zero_point.astype(int).tolist()))
 
 
 def _layer(name, entries, state, choices):
@@ -178,7 +190,7 @@ def _layer(name, entries, state, choices):
     levels = np.rint(weight / quantized.per_channel(scale, name, weight.ndim))
     taken = None
     if quantisers["input_quant"].entries:
-        taken = _input(quantisers["input_quant"], name, choices)
+        taken = _input(quantisers["input_quant"], name, weight, choices)
     for quantiser in quantisers.values():
         quantiser.check_empty()
     return quantized.Layer(name, np.clip(levels, -127, 127).astype(np.int8), scale, taken)

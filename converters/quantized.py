@@ -3,8 +3,9 @@
 A layer NAME is `NAME.weight`, whole numbers from -127 to 127 in the checkpoint's shape, and
 `NAME.weight_scale`, one for each output channel: a weight is their product. Where its input is
 quantised, too, there are `NAME.input_scale` and `NAME.input_zero_point`, with which a number x becomes
-the byte clamp(round(x / scale) + zero_point, 0, 255). `microtome quantize` writes one of each per channel for
-depthwise convolutions, and `NAME.input_factor` per channel for others; neither is read or written here.
+the byte clamp(round(x / scale) + zero_point, 0, 255): one of each, or for a depthwise convolution one of each
+per channel. (`microtome quantize` writes `NAME.input_factor` per channel for others; it is not read or written
+here.)
 """
 
 import dataclasses
@@ -43,15 +44,21 @@ def check_scale(scale, name):
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """How a layer's input becomes bytes."""
+    """How a layer's input becomes bytes: scales and zero points, one each or one for each channel."""
 
-    scale: np.float32
-    zero_point: int
+    scale: tuple
+    zero_point: tuple
 
-    def check(self, name):
-        check_scale(np.float32(self.scale), f"{name}.input_scale")
-        if not 0 <= self.zero_point <= 255:
-            raise ArchitectureError(f"{name}.input_zero_point is {self.zero_point}, expected 0 to 255")
+    def check(self, name, channels):
+        """`channels` of a depthwise convolution, of others 1."""
+        check_scale(np.array(self.scale, np.float32), f"{name}.input_scale")
+        for found in (self.scale, self.zero_point):
+            if len(found) not in (1, channels) or len(found) != len(self.scale):
+                expected = f"one or {channels}" if channels > 1 else "one: only depthwise convolutions have one for each channel"
+                raise ArchitectureError(f"{name}: its input has {len(found)} scales or zero points, expected {expected}")
+        for zero_point in self.zero_point:
+            if not 0 <= zero_point <= 255:
+                raise ArchitectureError(f"{name}.input_zero_point is {zero_point:g}, expected 0 to 255")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,8 @@ class Layer:
                 "expected -127 to 127"
             )
         if self.input:
-            self.input.check(name)
+            depthwise = self.whole.ndim == 4 and out_axis(name) == 0 and self.whole.shape[1] == 1
+            self.input.check(name, out if depthwise else 1)
 
     def folded(self, factor):
         """The layer with every output channel multiplied by one of `factor`. Its whole numbers stay,
@@ -92,8 +100,8 @@ class Layer:
         """{name: array} of what the model file holds."""
         held = {f"{self.name}.weight": self.whole.astype(np.int8), f"{self.name}.weight_scale": self.scale}
         if self.input:
-            held[f"{self.name}.input_scale"] = np.array([self.input.scale], np.float32)
-            held[f"{self.name}.input_zero_point"] = np.array([self.input.zero_point], np.float32)
+            held[f"{self.name}.input_scale"] = np.array(self.input.scale, np.float32)
+            held[f"{self.name}.input_zero_point"] = np.array(self.input.zero_point, np.float32)
         return held
 
 

@@ -94,7 +94,7 @@ def on_channels(values, name, ndim):
 @pytest.fixture(scope="module")
 def qat(state, inputs):
     """A Brevitas state dict with every kind of quantiser, and what it stands for:
-    {layer: (whole numbers, scales, input scale, zero point)}."""
+    {layer: (whole numbers, scales, input scales, zero points)}, of which there are one or one for each channel."""
     entries, meant = dict(state), {}
     for i, (name, (low, high)) in enumerate(inputs.items()):
         weight = state[f"{name}.weight"]
@@ -110,16 +110,21 @@ def qat(state, inputs):
             scale = np.broadcast_to(threshold / np.float32(127), largest.shape)
         whole = np.clip(np.rint(weight / on_channels(scale, name, weight.ndim)), -127, 127)
         key = f"{name}.{ACT}.scaling_impl.value"
+        channels = len(weight) if weight.ndim == 4 and weight.shape[1] == 1 and "local_conv" not in name else 1
+        if channels > 1:  # a range for each
+            shares = np.linspace(0.4, 1, channels, dtype=np.float32)
+            low, high = (np.asarray(v * shares, np.float32).reshape(1, -1, 1, 1) for v in (low, high))
         if i % 2 == 0 or name == STORED:  # asymmetric
             entries[key] = np.float32(high - low)
             step = np.float32(high - low) / np.float32(255)
             entries[f"{name}.{ACT}.zero_point_impl.value"] = np.float32(low)
-            zero_point = round(-low / float(step))
+            zero_point = np.rint(np.abs(np.float32(low)) / step)
         else:
-            entries[key] = np.float32(max(high, -low))
-            step, zero_point = entries[key] / np.float32(128), 128
+            entries[key] = np.float32(np.maximum(high, -low))
+            step = entries[key] / np.float32(128)
+            zero_point = np.full_like(step, 128)
         entries[f"{name}.{ACT}.{BITS}"] = np.float32(6)
-        meant[name] = whole, scale.astype(np.float32), step, zero_point
+        meant[name] = whole, scale.astype(np.float32), np.ravel(step), np.ravel(zero_point)
     return entries, meant
 
 
@@ -132,7 +137,9 @@ def simulated(state, meant):
         whole, scale, step, zero_point = meant[name]
         module.weight.data = torch.tensor((whole * on_channels(scale, name, whole.ndim)).astype(np.float32))
 
-        def quantise(_, x, step=float(step), zero_point=zero_point):
+        def quantise(_, x, step=torch.tensor(step), zero_point=torch.tensor(zero_point).int()):
+            if len(step) > 1:
+                return torch.fake_quantize_per_channel_affine(x[0], step, zero_point, 1, 0, 255), *x[1:]
             return torch.fake_quantize_per_tensor_affine(x[0], step, zero_point, 0, 255), *x[1:]
 
         module.register_forward_pre_hook(quantise)
@@ -170,8 +177,8 @@ def check_layers(tensors, meant, state):
         assert np.array_equal(weight, whole * sign), name
         expected = (scale.astype(np.float64) * np.abs(factor)).astype(np.float32)
         assert np.array_equal(tensors[f"{name}.weight_scale"], expected), name
-        assert tensors[f"{name}.input_scale"].tolist() == [np.float32(step)], name
-        assert tensors[f"{name}.input_zero_point"].tolist() == [zero_point], name
+        assert np.array_equal(tensors[f"{name}.input_scale"], step), name
+        assert np.array_equal(tensors[f"{name}.input_zero_point"], zero_point), name
 
 
 def check_masks(run, output, case, model, folder):
@@ -309,6 +316,9 @@ W, T = f"{STORED}.{WEIGHT}.scaling_impl.value", f"{TRANSPOSED}.{WEIGHT}.scaling_
     (S, -1.0, "logarithms"),
     (S, 1e-30, "holds 1.0"),
     (S, [1.0, 2.0], "expected one number"),
+    (f"{CONV}.{ACT}.scaling_impl.value", [1.0, 2.0], "expected one number or (1, "),
+    (f"{CONV}.{ACT}.scaling_impl.value", np.ones((1, 1, 1, 3)), "expected one number or (1, "),
+    (f"{CONV}.{ACT}.zero_point_impl.value", [1.0, 2.0, 3.0], "expected one number or (1, "),
     (S, None, "is missing"),
     (W, np.nan, "finite"),
     (W, 0.0, "holds 0.0"),
