@@ -12,8 +12,8 @@
 #endif
 
 #include <kernels/active.hpp>
-#include <microtome/macs.hpp>
 #include <microtome/microtome.hpp>
+#include <microtome/models/macs.hpp>
 
 #include "commands.hpp"
 

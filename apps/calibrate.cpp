@@ -3,9 +3,9 @@
 #include <string>
 #include <vector>
 
-#include <microtome/calibration.hpp>
 #include <microtome/microtome.hpp>
-#include <microtome/safetensors_writer.hpp>
+#include <microtome/model_file/safetensors_writer.hpp>
+#include <microtome/quantization/calibration.hpp>
 
 #include "cases.hpp"
 #include "commands.hpp"

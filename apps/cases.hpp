@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
+#include <microtome/imaging/pipeline.hpp>
 #include <microtome/io/case.hpp>
-#include <microtome/pipeline.hpp>
 
 #include "commands.hpp"
 

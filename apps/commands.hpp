@@ -11,7 +11,7 @@
 #include <CLI/CLI.hpp>
 
 #include <microtome/ops/window_attention.hpp>
-#include <microtome/scheme.hpp>
+#include <microtome/quantization/scheme.hpp>
 
 namespace microtome::app {
 

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include <microtome/imaging/metrics.hpp>
 #include <microtome/io/case.hpp>
-#include <microtome/metrics.hpp>
 
 #include "cases.hpp"
 #include "commands.hpp"
@@ -104,7 +104,7 @@ void write_table(const std::string& path, const std::vector<row>& rows) {
                   r.seg_voxels, r.dice, r.nsd);
     text += r.name + line;
   }
-  io::replace_file(path, std::as_bytes(std::span(text)));
+  replace_file(path, std::as_bytes(std::span(text)));
 }
 
 int run_eval(const eval_options& options) {

@@ -3,8 +3,8 @@
 #include <vector>
 
 #include <kernels/active.hpp>
-#include <microtome/macs.hpp>
 #include <microtome/microtome.hpp>
+#include <microtome/models/macs.hpp>
 
 #include "commands.hpp"
 

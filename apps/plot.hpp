@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include <microtome/io/file.hpp>
+#include <microtome/core/file.hpp>
 
 namespace microtome::app {
 
@@ -33,7 +33,7 @@ public:
 
   void write(const std::string& path) {
     text_ += "</svg>\n";
-    io::replace_file(path, std::as_bytes(std::span(text_)));
+    replace_file(path, std::as_bytes(std::span(text_)));
   }
 
 private:

@@ -11,7 +11,7 @@
 #include <Eigen/Cholesky>
 #include <Eigen/Core>
 
-#include <microtome/quantize.hpp>
+#include <microtome/quantization/quantize.hpp>
 
 namespace microtome {
 

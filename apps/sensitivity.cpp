@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include <microtome/metrics.hpp>
+#include <microtome/imaging/metrics.hpp>
 #include <microtome/microtome.hpp>
-#include <microtome/quantize.hpp>
+#include <microtome/quantization/quantize.hpp>
 
 #include "cases.hpp"
 #include "commands.hpp"
@@ -164,7 +164,7 @@ private:
                     u.found.time);
       text += pattern + line;
     }
-    io::replace_file(options_.output, std::as_bytes(std::span(text)));
+    replace_file(options_.output, std::as_bytes(std::span(text)));
   }
 
   void draw() const {

@@ -12,9 +12,9 @@
 
 #include <benchmark/benchmark.h>
 
+#include <microtome/imaging/resize.hpp>
+#include <microtome/model_file/safetensors_writer.hpp>
 #include <microtome/ops/inverted_bottleneck.hpp>
-#include <microtome/resize.hpp>
-#include <microtome/safetensors_writer.hpp>
 
 #include "peers.hpp"
 #include "shapes.hpp"

@@ -6,8 +6,8 @@ the dense model, and compares its masks with the labels of real cases.
     python3 bench/sparsity.py --from sparsity.json --plot FILE.png
 
 Prints a table. Nothing is trained again after pruning but what is given so: `--trained "50 %=FILE" "2:4=FILE"`,
-model files whose weights were trained on with their zeros held (converters/finetune.py). Needs matplotlib for
-the plot.
+model files whose weights were trained on with their zeros held (converters/finetune.py). With --calibrate FOLDER
+weights are also chosen and repaired by what calibration sees of the cases there. Needs matplotlib for the plot.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import pathlib
 import statistics
 import subprocess
 import tempfile
+
+import numpy as np
 
 import measures
 
@@ -30,6 +32,31 @@ WAYS = {  # how it is pruned: options of convert.py
     "90 %": ["--prune", "0.9"],
 }
 TRAINED = ", trained on"
+MOMENTS = ", by moments"
+BY_MOMENTS = ("20 %", "50 %", "2:4", "70 %")
+
+
+def calibrated(options, source, folder):
+    """The models pruned by moments."""
+    dense = measures.convert(source, folder / "calibrated.safetensors")
+    measures.link_cases(options.calibrate, folder / "calibration")
+    moments = folder / "moments.safetensors"
+    measures.run(options.program, "calibrate", "-m", dense, "-i", folder / "calibration", "-o", folder / "ranges.json",
+                 "--moments", moments, "--threads", options.threads)  # fmt: skip
+    return {
+        way + MOMENTS: measures.convert(source, folder / f"moments_{i}.safetensors", "--storage", "fp16", *WAYS[way],
+                                        "--calibration", moments)
+        for i, way in enumerate(BY_MOMENTS)
+    }  # fmt: skip
+
+
+def agreement(segs, dense, rows):
+    """The mean over cases of the mean over objects of the Dice coefficient with the dense model's masks."""
+    found = []
+    for name in sorted({row["case"] for row in rows}):
+        one, other = (np.load(folder / name)["segs"] for folder in (segs, dense))
+        found.append(measures.agreement(one, other, sum(row["case"] == name for row in rows))[1].mean())
+    return float(np.mean(found))
 
 
 def measure(options, folder):
@@ -38,6 +65,8 @@ def measure(options, folder):
     for way, arguments in WAYS.items():
         target = folder / f"{len(models)}.safetensors"
         models[way] = measures.convert(source, target, "--storage", "fp16", *arguments)
+    if options.calibrate:
+        models |= calibrated(options, source, folder)
     for given in options.trained:
         way, file = given.split("=", 1)
         models[f"{way}{TRAINED}"] = pathlib.Path(file)
@@ -58,20 +87,21 @@ def measure(options, folder):
         rows = measures.metrics(options.program, segs, folder / "cases")
         found[way] = times[way] | {
             "dice": measures.mean(rows),
+            "agreement": agreement(segs, folder / "segs" / "dense", rows),
             "megabytes": model.stat().st_size / 1e6,
         }
     return found
 
 
 def show(found):
-    print("| pruned | encoder ms | min | max | speed-up | a further box, ms | Dice | file, MB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| pruned | encoder ms | min | max | speed-up | a further box, ms | agreement | Dice | file, MB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     dense = statistics.median(found["dense"]["encoder"])
     for way, row in found.items():
         ms = row["encoder"]
         print(f"| {way} | {statistics.median(ms):.0f} | {min(ms):.0f} | {max(ms):.0f} | "
               f"{dense / statistics.median(ms):.2f} | {statistics.median(row['box']):.1f} | "
-              f"{row['dice']:.3f} | {row['megabytes']:.1f} |")  # fmt: skip
+              f"{row['agreement']:.3f} | {row['dice']:.3f} | {row['megabytes']:.1f} |")  # fmt: skip
 
 
 def plot(found, path):
@@ -83,7 +113,10 @@ def plot(found, path):
     curve = {w: int(w.split()[0]) for w in found if w.endswith(" %")} | {"dense": 0}
     ways = sorted(curve, key=curve.get)
     others = {"2:4": 50, "80 % of each layer": 80}
-    trained = {w: {**curve, **others}[w.removesuffix(TRAINED)] for w in found if w.endswith(TRAINED)}
+    trained = {
+        w: {**curve, **others}[w.removesuffix(TRAINED).removesuffix(MOMENTS)] for w in found
+        if w.endswith((TRAINED, MOMENTS))
+    }
     dense = statistics.median(found["dense"]["encoder"])
     figure, speed = plt.subplots(figsize=(7, 4))
     dice = speed.twinx()
@@ -112,6 +145,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-m", "--model", help=".pth or .safetensors file (LiteMedSAM's own weights)")
     parser.add_argument("--cases", type=pathlib.Path, help="folder of labelled cases (those fetched)")
+    parser.add_argument("--calibrate", metavar="FOLDER", help="of cases to calibrate on: prune by moments, too")
     parser.add_argument("--volumes", action="store_true", help="the folder's volumes, too: minutes of each model")
     parser.add_argument("-o", "--output", help="JSON file for what was measured")
     parser.add_argument("--from", dest="source", help="JSON file of an earlier run, to show again")

@@ -12,7 +12,7 @@
 #include <benchmark/benchmark.h>
 
 #include <kernels/active.hpp>
-#include <microtome/tensor.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome::bench {
 

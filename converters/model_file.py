@@ -105,7 +105,7 @@ def _header(data):
 
 def fingerprint(tensors):
     """The number by which the program tells a file of these tensors from others: see `fingerprint` in
-    include/microtome/safetensors.hpp."""
+    include/microtome/model_file/safetensors.hpp."""
     digest = 0xCBF29CE484222325
     for name, value in sorted(compressed(tensors).items()):
         stored = value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -1,5 +1,5 @@
 // Model files, loaded as a whole: configuration, and the tensors that it asks for.
-#include <microtome/lite_medsam.hpp>
+#include <microtome/models/lite_medsam.hpp>
 
 #include "safetensors_mutator.hpp"
 

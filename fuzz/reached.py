@@ -6,7 +6,8 @@ import pathlib
 import re
 import sys
 
-READERS = ["safetensors", "config", "weights", "calibration", "scheme", "io/npy", "io/npz", "io/png", "io/case"]
+READERS = ["model_file/safetensors", "model_file/config", "model_file/weights", "quantization/calibration",
+           "quantization/scheme", "io/npy", "io/npz", "io/png", "io/case"]
 # What these headers hold besides.
 OTHERS = re.compile(r"write|writer|encode|compose|histogram|calibrator|layer_watcher|npy_header_bytes|make_overlay|"
                     r"layer_sparsity|whole_file|channel9?end_case|least_|divergence|squared_error|observer")
@@ -38,8 +39,8 @@ def main():
             if not count:
                 missing.append(f"{name}.hpp:{number}")
         total, reached = total + counted, reached + hit
-        print(f"{name + '.hpp':22} {hit:5} of {counted:5} lines {100 * hit / max(counted, 1):6.1f} %")
-    print(f"{'all':22} {reached:5} of {total:5} lines {100 * reached / total:6.1f} %")
+        print(f"{name + '.hpp':28} {hit:5} of {counted:5} lines {100 * hit / max(counted, 1):6.1f} %")
+    print(f"{'all':28} {reached:5} of {total:5} lines {100 * reached / total:6.1f} %")
     for entry in missing:
         path, _, number = entry.rpartition(":")
         text = pathlib.Path("include/microtome", path).read_text().splitlines()[int(number) - 1]

@@ -7,7 +7,7 @@
 #include <string>
 #include <string_view>
 
-#include <microtome/safetensors.hpp>
+#include <microtome/model_file/safetensors.hpp>
 
 #include "support.hpp"
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include <microtome/error.hpp>
+#include <microtome/core/error.hpp>
 
 extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t most);
 

@@ -1,5 +1,5 @@
 // Ranges (JSON) and schemes, told apart by an input's first byte.
-#include <microtome/quantize.hpp>
+#include <microtome/quantization/quantize.hpp>
 
 #include "support.hpp"
 

@@ -8,7 +8,7 @@
 #include <kernels/active.hpp>
 #include <kernels/cpu.hpp>
 
-#include <microtome/error.hpp>  // its type alone comes from above the kernels
+#include <microtome/core/error.hpp>  // its type alone comes from above the kernels
 
 namespace microtome::kernels {
 

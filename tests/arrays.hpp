@@ -8,7 +8,7 @@
 
 #ifdef MICROTOME_TEST_ARRAYS
 #include <microtome/io/npy.hpp>
-#include <microtome/safetensors.hpp>
+#include <microtome/model_file/safetensors.hpp>
 #else
 #include <microtome/io/npz.hpp>
 #endif

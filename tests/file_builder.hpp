@@ -7,7 +7,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <microtome/safetensors.hpp>
+#include <microtome/model_file/safetensors.hpp>
 
 #include "support.hpp"
 

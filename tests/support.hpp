@@ -13,7 +13,7 @@
 
 #include <doctest/doctest.h>
 
-#include <microtome/tensor.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome::tests {
 

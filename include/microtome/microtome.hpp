@@ -2,5 +2,5 @@
 /// `io/png.hpp`) are apart: they need libdeflate and libspng.
 #pragma once
 
-#include <microtome/lite_medsam.hpp>
-#include <microtome/pipeline.hpp>
+#include <microtome/imaging/pipeline.hpp>
+#include <microtome/models/lite_medsam.hpp>

@@ -272,12 +272,12 @@ TEST_CASE("a failed write leaves what was there, and nothing else") {
   io::npz_writer file;
   file.add<std::uint8_t>("a", counted<std::uint8_t>({3}));
   CHECK(mentions(error_of([&] { file.write(blocked); }), {"x.npz"}));
-  CHECK(mentions(error_of([&] { io::replace_file(blocked, {}); }), {"x.npz"}));
+  CHECK(mentions(error_of([&] { replace_file(blocked, {}); }), {"x.npz"}));
   CHECK(mentions(error_of([&] { file.write(folder / "missing" / "x.npz"); }), {"missing"}));
-  CHECK(mentions(error_of([&] { io::replace_file(folder / "missing/x", {}); }), {"missing"}));
+  CHECK(mentions(error_of([&] { replace_file(folder / "missing/x", {}); }), {"missing"}));
   const std::filesystem::path device = "/dev/null";
   if (std::filesystem::exists(device)) {
-    CHECK(mentions(error_of([&] { io::replace_file(device, {}); }), {"not a regular file"}));
+    CHECK(mentions(error_of([&] { replace_file(device, {}); }), {"not a regular file"}));
     CHECK(std::filesystem::is_character_file(device));
   }
   CHECK(fs::exists(blocked / "inside"));
@@ -293,17 +293,17 @@ TEST_CASE("files that several write at once are one's of them, and nothing else 
   for (int i = 0; i < 4; ++i)
     writers.emplace_back([&path, i] {
       const std::vector<std::byte> content(100'000 + static_cast<std::size_t>(i), std::byte(i));
-      for (int times = 0; times < 50; ++times) io::replace_file(path, content);
+      for (int times = 0; times < 50; ++times) replace_file(path, content);
     });
   for (std::thread& t : writers) t.join();
-  const io::whole_file file(path);
+  const whole_file file(path);
   const std::span<const std::byte> bytes = file.bytes();
   REQUIRE(bytes.size() >= 100'000);
   const std::size_t written_by = bytes.size() - 100'000;
   CHECK(std::count(bytes.begin(), bytes.end(), std::byte(written_by)) ==
         static_cast<std::ptrdiff_t>(bytes.size()));
-  io::replace_file(path, {});
-  CHECK(io::whole_file(path).bytes().empty());
+  replace_file(path, {});
+  CHECK(whole_file(path).bytes().empty());
   CHECK(folder.files() == 1);
 }
 

@@ -1,4 +1,4 @@
-#include <microtome/resize.hpp>
+#include <microtome/imaging/resize.hpp>
 
 #include "../arrays.hpp"
 #include "../support.hpp"

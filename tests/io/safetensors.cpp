@@ -1,7 +1,7 @@
 #include <limits>
 
-#include <microtome/config.hpp>
 #include <microtome/microtome.hpp>
+#include <microtome/model_file/config.hpp>
 
 #include "../file_builder.hpp"
 
@@ -26,7 +26,7 @@ std::string changed_error(Change&& change) {
 }
 
 std::vector<std::byte> tiny_bytes() {
-  const io::whole_file file(data_file("tiny.safetensors"));
+  const whole_file file(data_file("tiny.safetensors"));
   return {file.bytes().begin(), file.bytes().end()};
 }
 

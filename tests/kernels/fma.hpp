@@ -5,7 +5,7 @@
 #include <string>
 
 #include <kernels/active.hpp>
-#include <microtome/bits.hpp>
+#include <microtome/core/bits.hpp>
 
 #include "../support.hpp"
 

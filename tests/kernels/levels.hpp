@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include <kernels/reference.hpp>
-#include <microtome/tensor.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome::tests {
 

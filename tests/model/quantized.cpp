@@ -1,5 +1,5 @@
 // The tiny model in 8 bits: calibrated, quantised, written, loaded, simulated.
-#include <microtome/quantize.hpp>
+#include <microtome/quantization/quantize.hpp>
 
 #include "../kernels/fma.hpp"
 #include "golden_support.hpp"

@@ -1,7 +1,7 @@
 // The tiny model with pruned weights: with and without their zeros, in every precision, compressed
 // in a file or not.
-#include <microtome/quantize.hpp>
-#include <microtome/safetensors_writer.hpp>
+#include <microtome/model_file/safetensors_writer.hpp>
+#include <microtome/quantization/quantize.hpp>
 
 #include "../kernels/fma.hpp"
 #include "golden_support.hpp"

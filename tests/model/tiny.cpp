@@ -188,7 +188,7 @@ TEST_CASE("sessions of one model side by side do not see each other") {
 
 TEST_CASE("a model loads from memory as from a file") {
   const tiny t;
-  const io::whole_file file(data_file("tiny.safetensors"));
+  const whole_file file(data_file("tiny.safetensors"));
   const lite_medsam copied = [&] {
     const std::vector<std::byte> bytes(file.bytes().begin(), file.bytes().end());
     return lite_medsam::load(bytes);

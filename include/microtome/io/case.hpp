@@ -12,9 +12,9 @@
 #include <variant>
 #include <vector>
 
+#include <microtome/imaging/pipeline.hpp>
 #include <microtome/io/npz.hpp>
 #include <microtome/io/png.hpp>
-#include <microtome/pipeline.hpp>
 
 namespace microtome::io {
 

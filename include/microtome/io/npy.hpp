@@ -10,7 +10,7 @@
 #include <string_view>
 #include <type_traits>
 
-#include <microtome/tensor.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome::io {
 

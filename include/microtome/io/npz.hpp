@@ -14,7 +14,7 @@
 
 #include <zip.h>
 
-#include <microtome/io/file.hpp>
+#include <microtome/core/file.hpp>
 #include <microtome/io/npy.hpp>
 
 namespace microtome::io {

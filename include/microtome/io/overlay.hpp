@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <span>
 
+#include <microtome/imaging/pipeline.hpp>
 #include <microtome/io/colors.hpp>
-#include <microtome/pipeline.hpp>
 
 namespace microtome::io {
 

@@ -12,9 +12,9 @@
 
 #include <spng.h>
 
+#include <microtome/core/file.hpp>
+#include <microtome/core/tensor.hpp>
 #include <microtome/io/colors.hpp>
-#include <microtome/io/file.hpp>
-#include <microtome/tensor.hpp>
 
 namespace microtome::io {
 

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include <microtome/weights.hpp>
-#include <microtome/workspace.hpp>
+#include <microtome/core/workspace.hpp>
+#include <microtome/model_file/weights.hpp>
 
 namespace microtome {
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include <microtome/config.hpp>
+#include <microtome/model_file/config.hpp>
 
 namespace microtome {
 

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include <microtome/config.hpp>
+#include <microtome/model_file/config.hpp>
 #include <microtome/ops/convolution.hpp>
 #include <microtome/ops/layer_norm.hpp>
 

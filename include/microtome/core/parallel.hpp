@@ -11,7 +11,7 @@
 #include <omp.h>
 #endif
 
-#include <microtome/tensor.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome {
 

@@ -7,8 +7,8 @@
 #include <span>
 #include <string_view>
 
-#include <microtome/parallel.hpp>
-#include <microtome/tensor.hpp>
+#include <microtome/core/parallel.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome {
 

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <span>
 
-#include <microtome/distance_transform.hpp>
-#include <microtome/surface_elements.hpp>
-#include <microtome/tensor.hpp>
+#include <microtome/core/tensor.hpp>
+#include <microtome/imaging/distance_transform.hpp>
+#include <microtome/imaging/surface_elements.hpp>
 
 namespace microtome {
 

@@ -21,9 +21,9 @@
 #include <unistd.h>
 #endif
 
-#include <microtome/error.hpp>
+#include <microtome/core/error.hpp>
 
-namespace microtome::io {
+namespace microtome {
 
 namespace detail {
 
@@ -196,6 +196,6 @@ inline void replace_file(const std::filesystem::path& path, std::span<const std:
     fail(path.string(), ": cannot be written: ", std::strerror(reason));
 }
 
-}  // namespace microtome::io
+}  // namespace microtome
 
 #include <kernels/macros_on.hpp>

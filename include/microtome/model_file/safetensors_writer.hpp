@@ -13,8 +13,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include <microtome/io/file.hpp>
-#include <microtome/tensor.hpp>
+#include <microtome/core/file.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome {
 
@@ -57,8 +57,8 @@ public:
     add(name + "_mask", "U8", {static_cast<index_t>(mask.size())}, mask);
   }
 
-  /// Throws `error` as io::replace_file does.
-  void write(const std::filesystem::path& path) const { io::replace_file(path, bytes()); }
+  /// Throws `error` as replace_file does.
+  void write(const std::filesystem::path& path) const { replace_file(path, bytes()); }
 
   /// The file.
   std::vector<std::byte> bytes() const {

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include <microtome/config.hpp>
+#include <microtome/model_file/config.hpp>
 #include <microtome/ops/convolution.hpp>
 #include <microtome/ops/inverted_bottleneck.hpp>
 #include <microtome/ops/mlp.hpp>

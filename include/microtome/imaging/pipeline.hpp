@@ -13,8 +13,8 @@
 #include <type_traits>
 #include <vector>
 
-#include <microtome/lite_medsam.hpp>
-#include <microtome/resize.hpp>
+#include <microtome/imaging/resize.hpp>
+#include <microtome/models/lite_medsam.hpp>
 
 namespace microtome {
 

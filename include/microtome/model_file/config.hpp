@@ -8,7 +8,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <microtome/safetensors.hpp>
+#include <microtome/model_file/safetensors.hpp>
 
 namespace microtome {
 

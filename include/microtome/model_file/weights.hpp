@@ -8,7 +8,7 @@
 #include <vector>
 
 #include <kernels/active.hpp>
-#include <microtome/safetensors.hpp>
+#include <microtome/model_file/safetensors.hpp>
 
 namespace microtome {
 

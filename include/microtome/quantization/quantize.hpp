@@ -12,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include <microtome/bits.hpp>
-#include <microtome/calibration.hpp>
-#include <microtome/safetensors_writer.hpp>
-#include <microtome/scheme.hpp>
+#include <microtome/core/bits.hpp>
+#include <microtome/model_file/safetensors_writer.hpp>
+#include <microtome/quantization/calibration.hpp>
+#include <microtome/quantization/scheme.hpp>
 
 namespace microtome {
 

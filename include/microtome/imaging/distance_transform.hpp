@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include <microtome/tensor.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome {
 

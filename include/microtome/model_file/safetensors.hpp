@@ -18,9 +18,9 @@
 
 #include <nlohmann/json.hpp>
 
-#include <microtome/bits.hpp>
-#include <microtome/io/file.hpp>
-#include <microtome/tensor.hpp>
+#include <microtome/core/bits.hpp>
+#include <microtome/core/file.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome {
 
@@ -355,7 +355,7 @@ private:
   }
 
   std::string name_;
-  io::whole_file file_;
+  whole_file file_;
   std::span<const std::byte> bytes_;
   std::span<const std::byte> data_;
   std::map<std::string, entry, std::less<>> entries_;

@@ -7,10 +7,10 @@
 #include <optional>
 #include <span>
 
-#include <microtome/config.hpp>
-#include <microtome/mask_decoder.hpp>
-#include <microtome/prompt_encoder.hpp>
-#include <microtome/tiny_vit.hpp>
+#include <microtome/model_file/config.hpp>
+#include <microtome/models/mask_decoder.hpp>
+#include <microtome/models/prompt_encoder.hpp>
+#include <microtome/models/tiny_vit.hpp>
 
 namespace microtome {
 

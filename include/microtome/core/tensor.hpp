@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-#include <microtome/error.hpp>
+#include <microtome/core/error.hpp>
 
 namespace microtome {
 

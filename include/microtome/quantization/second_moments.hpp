@@ -6,7 +6,7 @@
 #include <vector>
 
 #include <kernels/active.hpp>
-#include <microtome/tensor.hpp>
+#include <microtome/core/tensor.hpp>
 
 namespace microtome {
 

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include <microtome/config.hpp>
-#include <microtome/two_way_attention.hpp>
+#include <microtome/model_file/config.hpp>
+#include <microtome/models/two_way_attention.hpp>
 
 namespace microtome {
 

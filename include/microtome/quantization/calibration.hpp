@@ -16,9 +16,9 @@
 
 #include <nlohmann/json.hpp>
 
-#include <microtome/io/file.hpp>
-#include <microtome/second_moments.hpp>
-#include <microtome/weights.hpp>
+#include <microtome/core/file.hpp>
+#include <microtome/model_file/weights.hpp>
+#include <microtome/quantization/second_moments.hpp>
 
 namespace microtome {
 
@@ -233,7 +233,7 @@ struct activation_ranges {
   std::map<std::string, layer_range, std::less<>> layers;
 
   static activation_ranges read(const std::filesystem::path& path) {
-    const io::whole_file file(path);
+    const whole_file file(path);
     const auto* text = reinterpret_cast<const char*>(file.bytes().data());
     return parse({text, file.bytes().size()}, path.string());
   }
@@ -283,7 +283,7 @@ struct activation_ranges {
       separator = ",\n";
     }
     text += "\n }\n}\n";
-    io::replace_file(path, std::as_bytes(std::span(text)));
+    replace_file(path, std::as_bytes(std::span(text)));
   }
 
 private:

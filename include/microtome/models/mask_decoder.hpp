@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
+#include <microtome/models/two_way_transformer.hpp>
 #include <microtome/ops/convolution.hpp>
-#include <microtome/two_way_transformer.hpp>
 
 namespace microtome {
 

@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include <microtome/weights.hpp>
+#include <microtome/model_file/weights.hpp>
 
 namespace microtome {
 
