@@ -17,7 +17,8 @@ namespace microtome {
 
 /// Rounds a weight's elements one input after the other, each time changing those that are still to
 /// come so that the layer's output errs least over the inputs that calibration saw (Frantar et al.,
-/// GPTQ: Accurate Post-Training Quantization, 2023).
+/// GPTQ: Accurate Post-Training Quantization, 2023). Weights that are zero stay so: where a model
+/// is pruned, zeros are neither stored nor multiplied.
 class moment_rounder : public weight_rounder {
 public:
   /// Of a file that `calibrate --moments` wrote; `file` must outlive this object.
@@ -112,16 +113,18 @@ private:
   static void round(Eigen::MatrixXd& values, const Eigen::MatrixXd& upper,
                     const Eigen::VectorXd& scale) {
     const index_t depth = values.cols();
+    const Eigen::Array<bool, Eigen::Dynamic, Eigen::Dynamic> zero = values.array() == 0;
     for (index_t start = 0; start < depth; start += block) {
       const index_t count = std::min(block, depth - start), rest = depth - start - count;
       Eigen::MatrixXd errors(values.rows(), count);
       for (index_t i = 0; i < count; ++i) {
         const index_t at = start + i;
-        const Eigen::VectorXd whole = values.col(at)
-                                          .cwiseQuotient(scale)
-                                          .unaryExpr([](double v) { return std::nearbyint(v); })
-                                          .cwiseMin(127.0)
-                                          .cwiseMax(-127.0);
+        Eigen::VectorXd whole = values.col(at)
+                                    .cwiseQuotient(scale)
+                                    .unaryExpr([](double v) { return std::nearbyint(v); })
+                                    .cwiseMin(127.0)
+                                    .cwiseMax(-127.0);
+        whole = zero.col(at).select(0.0, whole);
         errors.col(i) = (values.col(at) - whole.cwiseProduct(scale)) / upper(at, at);
         values.middleCols(at, count - i) -= errors.col(i) * upper.row(at).segment(at, count - i);
         values.col(at) = whole;

@@ -84,6 +84,26 @@ TEST_CASE("second moments are those of the rows") {
     }
 }
 
+TEST_CASE("weights that are zero stay zero as others are rounded") {
+  const inputs seen(700, 37, 1);
+  layer_weight layer = layer_of({11, 37});
+  for (index_t i = 0; i < layer.values.size(); i += 3) layer.values[i] = 0;
+  const tensor<float> before = layer.values;
+  layer.scale = tensor<float>(shape{11});
+  std::fill(layer.scale.begin(), layer.scale.end(), 0.4f);
+  layer.inputs = precision::int8_weights;
+  const std::vector<std::byte> bytes = moments_file_of("layer", seen.moments);
+  const safetensors file(bytes);
+  moment_rounder(file).round(layer);
+  index_t zeros = 0;
+  for (index_t i = 0; i < before.size(); ++i)
+    if (before[i] == 0) {
+      CHECK(layer.values[i] == 0);
+      ++zeros;
+    }
+  CHECK(zeros == (before.size() + 2) / 3);
+}
+
 TEST_CASE("rounding by moments errs less than to the nearest") {
   const inputs seen(700, 37, 1);
   layer_weight nearest = layer_of({11, 37}), better = nearest;

@@ -211,13 +211,12 @@ def test_killed_at_any_moment(program, tiny_model, many, tmp_path):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_interrupted(program, tiny_model, many, tmp_path, kind, workers):
     start(program, tiny_model, many, tmp_path / "whole").communicate()
-    process = start(program, tiny_model, many, tmp_path / "out", "--workers", workers, "--threads", "2")
-    first = process.stdout.readline()
-    process.send_signal(kind)
-    # Not communicate: it would lose the lines that readline has read ahead.
-    lines = [first, *process.stdout]
-    errors = process.stderr.read()
-    process.wait(timeout=60)
+    with start(program, tiny_model, many, tmp_path / "out", "--workers", workers, "--threads", "2") as process:
+        first = process.stdout.readline()
+        process.send_signal(kind)
+        # Not communicate: it would lose the lines that readline has read ahead.
+        lines = [first, *process.stdout]
+        errors = process.stderr.read()
     whole, written = contents(tmp_path / "whole"), contents(tmp_path / "out")
     cases = [name for name in written if name.endswith(".npz")]
     assert process.returncode == 130 and 1 <= len(cases) < 12
