@@ -110,32 +110,31 @@ def plot(found, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curve = {w: int(w.split()[0]) for w in found if w.endswith(" %")} | {"dense": 0}
-    ways = sorted(curve, key=curve.get)
-    others = {"2:4": 50, "80 % of each layer": 80}
-    trained = {
-        w: {**curve, **others}[w.removesuffix(TRAINED).removesuffix(MOMENTS)] for w in found
-        if w.endswith((TRAINED, MOMENTS))
-    }
+    places = {w: 0 if w == "dense" else 50 if w.startswith("2:4") else int(w.split()[0]) for w in found}
+    single = ("2:4", "80 % of each layer")  # not on the curves
     dense = statistics.median(found["dense"]["encoder"])
     figure, speed = plt.subplots(figsize=(7, 4))
-    dice = speed.twinx()
+    alike = speed.twinx()
     for axis, value, color, label, top in (
         (speed, lambda w: dense / statistics.median(found[w]["encoder"]), "#2a7f62", "encoder's speed-up", 2.5),
-        (dice, lambda w: found[w]["dice"], "#b02a4f", "Dice", 1),
+        (alike, lambda w: found[w]["agreement"], "#b02a4f", "Dice with the dense model's masks", 1.05),
     ):
-        axis.plot([curve[w] for w in ways], [value(w) for w in ways], "o-", color=color)
-        for way, at in others.items():
-            axis.plot(at, value(way), "^", color=color)
-            axis.annotate(way, (at, value(way)), fontsize=8, ha="right", textcoords="offset points",
-                          xytext=(-7, 3))
-        if axis is dice:
-            for i, (way, at) in enumerate(trained.items()):
-                axis.plot(at, value(way), "*", color=color, markersize=9)
-                axis.annotate(way, (at, value(way)), fontsize=8, textcoords="offset points",
-                              xytext=(7, 5 + 18 * i))  # fmt: skip
+        for kind, style in (("", "o-"), (MOMENTS, "s--"), (TRAINED, "*:")):
+            chosen = [w for w in places if w.endswith(kind) and (kind or not w.endswith((MOMENTS, TRAINED)))]
+            curve = sorted((w for w in chosen if not w.startswith(single)), key=places.get)
+            if kind and axis is speed or not chosen:
+                continue
+            if kind:
+                curve = ["dense", *curve]
+            axis.plot([places[w] for w in curve], [value(w) for w in curve], style, color=color,
+                      label=kind.removeprefix(", ") or "by magnitude")
+            for way in (w for w in chosen if w.startswith(single)):
+                axis.plot(places[way], value(way), "^", color=color)
+                axis.annotate(way, (places[way], value(way)), fontsize=8, ha="right", textcoords="offset points",
+                              xytext=(-6, -4))  # fmt: skip
         axis.set_ylabel(label, color=color)
         axis.set_ylim(0, top)
+    alike.legend(loc="lower left", fontsize=8)
     speed.set_xlabel("weights that are zero, %")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

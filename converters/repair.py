@@ -105,10 +105,18 @@ def _inputs(name, weight):
     return weight.shape[1 - quantized.out_axis(name)]
 
 
+def _smallest(sizes, count):
+    """True for so many of the magnitudes (rows, depth)."""
+    zero = np.zeros(sizes.size, bool)
+    if count:
+        zero[np.argpartition(sizes.ravel(), count - 1)[:count]] = True
+    return zero.reshape(sizes.shape)
+
+
 def smallest(fraction):
     """Chooses a fraction of a layer's weights: says of magnitudes (rows, depth) which become zero in a step in which
     only `part` of them shall."""
-    return lambda sizes, part: pruning.smallest(sizes.ravel(), fraction * part).reshape(sizes.shape)
+    return lambda sizes, part: _smallest(sizes, round(fraction * part * sizes.size))
 
 
 def two_of_four(inputs):
@@ -118,8 +126,7 @@ def two_of_four(inputs):
         along = np.moveaxis(sizes.reshape(len(sizes), inputs, -1), 1, 0)
         zero = np.moveaxis(pruning.outside_two_of_four(along), 0, 1).reshape(sizes.shape)
         if part < 1:
-            first = pruning.smallest(np.where(zero, sizes, np.inf).ravel(), part * zero.mean())
-            zero &= first.reshape(sizes.shape)
+            zero &= _smallest(np.where(zero, sizes, np.inf), round(part * np.count_nonzero(zero)))
         return zero
 
     return outside
