@@ -17,8 +17,7 @@ import statistics
 import subprocess
 import tempfile
 
-import numpy as np
-
+import accuracy
 import measures
 
 WAYS = {  # how it is pruned: options of convert.py
@@ -50,17 +49,8 @@ def calibrated(options, source, folder):
     }  # fmt: skip
 
 
-def agreement(segs, dense, rows):
-    """The mean over cases of the mean over objects of the Dice coefficient with the dense model's masks."""
-    found = []
-    for name in sorted({row["case"] for row in rows}):
-        one, other = (np.load(folder / name)["segs"] for folder in (segs, dense))
-        found.append(measures.agreement(one, other, sum(row["case"] == name for row in rows))[1].mean())
-    return float(np.mean(found))
-
-
 def measure(options, folder):
-    measures.link_cases(options.cases, folder / "cases", options.volumes)
+    cases = measures.link_cases(options.cases, folder / "cases", options.volumes)
     source, models = options.model or measures.real_checkpoint(), {}
     for way, arguments in WAYS.items():
         target = folder / f"{len(models)}.safetensors"
@@ -85,9 +75,10 @@ def measure(options, folder):
         measures.run(options.program, "segment", "-m", model, "-i", folder / "cases", "-o", segs,
                      "--threads", options.threads)  # fmt: skip
         rows = measures.metrics(options.program, segs, folder / "cases")
+        masks = accuracy.total(accuracy.compare(cases, segs, folder / "segs" / "dense", rows))
         found[way] = times[way] | {
-            "dice": measures.mean(rows),
-            "agreement": agreement(segs, folder / "segs" / "dense", rows),
+            "dice": float(masks["dice"]),
+            "agreement": float(masks["same"]),
             "megabytes": model.stat().st_size / 1e6,
         }
     return found

@@ -137,10 +137,9 @@ def _weight_scale(quantiser, weight, name, choices):
 def _per_channel(found, name, weight):
     """The numbers of an input quantiser: one, or for a depthwise convolution maybe one for each channel."""
     value, key = found
-    depthwise = weight.ndim == 4 and weight.shape[1] == 1
-    allowed = [(1, len(weight), 1, 1), (len(weight),)] if depthwise else []
-    if value.size != 1 and value.shape not in allowed:
-        expected = f"one number or {allowed[0]}" if depthwise else "one number"
+    most = quantized.input_ranges(name, weight.shape)
+    if value.size != 1 and value.shape not in ((1, most, 1, 1), (most,)):
+        expected = f"one number or {(1, most, 1, 1)}" if most > 1 else "one number"
         raise ArchitectureError(f"{key} has shape {value.shape}, expected {expected}")
     return value.reshape(-1), key
 

@@ -152,16 +152,20 @@ def read_model_file(path):
     return tensors, config, metadata.get("pruning")
 
 
-def prune_by_moments(tensors, config, options, choices):
-    """The tensors of a model file pruned by second moments, its configuration, and what is to be said."""
+def prune_by_moments(tensors, path, choices):
+    """See repair.prune: with the moments in a file, which have to be of this model, stored as fp32 or fp16."""
     if any(value.dtype == np.int8 for value in tensors.values()):
         raise architecture.ArchitectureError("--calibration is for layers in floating point, but some are in 8 bits")
     try:
-        moments = repair.Moments(options.calibration)
+        moments = repair.Moments(path)
     except (model_file.ModelFileError, OSError) as error:
-        raise model_file.ModelFileError(f"{options.calibration}: {error}") from None
-    moments.check(tensors, halve(tensors))
-    return (*repair.prune(tensors, moments, choices), config)
+        raise model_file.ModelFileError(f"{path}: {error}") from None
+    own = model_file.fingerprint(tensors)
+    if moments.model != own and moments.model != model_file.fingerprint(halve(tensors)):
+        raise architecture.ArchitectureError(
+            f"the moments in {path} are of another model ({moments.model}, but this one is {own})"
+        )
+    return repair.prune(tensors, moments, choices)
 
 
 def run(options):
@@ -176,17 +180,18 @@ def run(options):
         layers = []
     else:
         state, layers = read(options.checkpoint, options.base, options.image_size, quantisation)
-    said = ""
-    if options.calibration:
-        tensors, said, config = prune_by_moments(*convert(state, config, options.image_size, layers), options, choices)
-        pruned = f"{choices.text()}, by moments"
-    else:
+    way, unseen, changed = choices.text() if choices.asked() else "", 0, False
+    if not options.calibration:
         state, layers, changed = pruning.prune(state, layers, choices)
-        if changed:
-            pruned = choices.text()
-        elif pruning.sparsity(state) >= pruning.LEAST_FOUND:
-            pruned = pruned or pruning.FOUND
-        tensors, config = convert(state, config, options.image_size, layers)
+    tensors, config = convert(state, config, options.image_size, layers)
+    if options.calibration:
+        way += ", by moments"
+        changed, unseen = prune_by_moments(tensors, options.calibration, choices)
+        tensors |= changed
+    if changed:
+        pruned = way
+    elif pruning.sparsity(state) >= pruning.LEAST_FOUND:
+        pruned = pruned or pruning.FOUND
     if options.storage == "fp16":
         tensors = halve(tensors)
     model_file.write(options.output, tensors, config, quantized.scheme(layers), pruned)
@@ -196,8 +201,8 @@ def run(options):
         words += f", {len(layers)} layers in 8 bits"
     if pruned:
         words += f", {100 * pruning.sparsity(tensors):.1f} % of the layers' weights are zero ({pruned})"
-    if said:
-        words += f"; {said}"
+    if unseen:
+        words += f"; {unseen} layers that calibration did not see stay"
     return words
 
 

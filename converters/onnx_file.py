@@ -5,7 +5,8 @@ loop write it. Nothing is executed. Needs the `onnx` package.
 The second input of such a node is a layer's weight where only constants lead to it: an initializer
 or Constant, through DequantizeLinear, and through QuantizeLinear, Clip, Transpose, Reshape and Identity.
 The layer's input is quantised where its first input is a DequantizeLinear of a QuantizeLinear with the
-same scale, maybe reshaped; of a depthwise convolution it may be one for each channel, then not reshaped. (https://onnx.ai/onnx/operators says what the nodes compute.)
+same scale, maybe reshaped; of a depthwise convolution it may be one for each channel, then not reshaped.
+(https://onnx.ai/onnx/operators says what the nodes compute.)
 
 Exporters keep some names and lose others. A layer is known by its weight's (`NAME.weight`, and what
 follows, such as `_quantized`), or else by its bias's, of Gemm and Conv the third input, of MatMul what
@@ -204,10 +205,12 @@ class Graph:
         for end in (written, node):
             scale, zero_point = self.levels(end, unsaid)
             if scale.size != 1:
-                # Of a convolution's input (1, channels, height, width).
-                if self.attributes(end).get("axis", 1) not in (1, -3) or self.maker(name) is not node or \
-                        self.maker(node.input[0]) is not written:
-                    raise ArchitectureError(f"{end.input[1]}: the {scale.size} scales of {layer}'s input are not of its channels")
+                # Of a convolution's input (1, channels, height, width), where nothing moves its axes.
+                moved = self.maker(name) is not node or self.maker(node.input[0]) is not written
+                if moved or self.attributes(end).get("axis", 1) not in (1, -3):
+                    raise ArchitectureError(
+                        f"{end.input[1]}: the {scale.size} scales of {layer}'s input are not of its channels"
+                    )
             found.append((scale.ravel().tolist(), zero_point.ravel().tolist(), zero_point.dtype))
         if found[0] != found[1]:
             raise ArchitectureError(f"{layer}: its input is quantised and dequantised with different levels")

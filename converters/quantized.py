@@ -32,6 +32,12 @@ def per_channel(values, name, ndim):
     return values.reshape(shape)
 
 
+def input_ranges(name, shape):
+    """How many ranges the input of a layer with a weight of this shape may have: one, or for a depthwise
+    convolution one for each channel."""
+    return shape[0] if len(shape) == 4 and out_axis(name) == 0 and shape[1] == 1 else 1
+
+
 def check_scale(scale, name):
     """Raises ArchitectureError unless all of a scale is finite, positive and of a sensible size."""
     bad = ~(np.isfinite(scale) & (scale >= LEAST_SCALE) & (scale <= 1 / LEAST_SCALE))
@@ -49,13 +55,15 @@ class Input:
     scale: tuple
     zero_point: tuple
 
-    def check(self, name, channels):
-        """`channels` of a depthwise convolution, of others 1."""
+    def check(self, name, most):
+        """`most` is what input_ranges says."""
         check_scale(np.array(self.scale, np.float32), f"{name}.input_scale")
-        for found in (self.scale, self.zero_point):
-            if len(found) not in (1, channels) or len(found) != len(self.scale):
-                expected = f"one or {channels}" if channels > 1 else "one: only depthwise convolutions have one for each channel"
-                raise ArchitectureError(f"{name}: its input has {len(found)} scales or zero points, expected {expected}")
+        count = len(self.scale)
+        if count not in (1, most) or len(self.zero_point) != count:
+            raise ArchitectureError(
+                f"{name}: its input has {count} scales and {len(self.zero_point)} zero points, expected one of each"
+                + (f" or {most}" if most > 1 else "; only depthwise convolutions have one for each channel")
+            )
         for zero_point in self.zero_point:
             if not 0 <= zero_point <= 255:
                 raise ArchitectureError(f"{name}.input_zero_point is {zero_point:g}, expected 0 to 255")
@@ -82,8 +90,7 @@ class Layer:
                 "expected -127 to 127"
             )
         if self.input:
-            depthwise = self.whole.ndim == 4 and out_axis(name) == 0 and self.whole.shape[1] == 1
-            self.input.check(name, out if depthwise else 1)
+            self.input.check(name, input_ranges(name, self.whole.shape))
 
     def folded(self, factor):
         """The layer with every output channel multiplied by one of `factor`. Its whole numbers stay,

@@ -3,8 +3,7 @@
 `microtome calibrate --moments` writes, for every layer, the mean H of x x^T over the inputs x that it saw. Weights
 W' in place of W change the layer's output by a squared error of trace((W' - W) H (W' - W)^T), which is made least
 under the constraint that enough of W' is zero, by the alternating direction method of multipliers:
-V. Boza, Fast and Effective Weight Update for Pruned Large Language Models, 2024. With half of the weights zero it
-leaves a third to two thirds of the error that one pass over the inputs does (Frantar and Alistarh, SparseGPT, 2023).
+V. Boza, Fast and Effective Weight Update for Pruned Large Language Models, 2024.
 
 Pruned are convolutions and linear layers as the model file has them, BatchNorm folded. Depthwise convolutions, the
 first layer, which sees pixels, and what calibration did not see (the tokens for several masks) stay.
@@ -34,15 +33,7 @@ class Moments:
         self._path = path
         if metadata.get("format") != "microtome moments":
             raise model_file.ModelFileError("not a file of second moments, which `microtome calibrate --moments` writes")
-        self._model = metadata.get("model")
-
-    def check(self, *models):
-        """Raises ArchitectureError unless they are of one of `models`, {name: array} each."""
-        found = [model_file.fingerprint(model) for model in models]
-        if self._model not in found:
-            raise ArchitectureError(
-                f"the moments in {self._path} are of another model ({self._model}, but this one is {found[0]})"
-            )
+        self.model = metadata.get("model")  # the fingerprint of the one they were seen in
 
     def of(self, name, depth):
         """H (depth, depth) of a layer, or None where calibration did not see it."""
@@ -153,10 +144,10 @@ def spread(losses, sizes, zeros):
 
 
 def prune(tensors, moments, choices):
-    """A model's tensors {name: array} with weights pruned as `choices` (pruning.Choices) say, and what is to be said
-    of it. Fractions are of all that could be pruned without calibration."""
-    every = pruning.layers(tensors)
-    weights = pruning.without_kept(every, choices.keep)
+    """{name: array} of the weights among a model's tensors that change where they are pruned as `choices`
+    (pruning.Choices) say, and how many layers stay because calibration did not see them. Fractions are of all that
+    could be pruned without calibration."""
+    weights = pruning.without_kept(pruning.layers(tensors), choices.keep)
     layers, unseen = {}, 0
     for name, weight in weights.items():
         if _inputs(name, weight) < pruning.GROUP:
@@ -170,8 +161,7 @@ def prune(tensors, moments, choices):
         choosers = {name: two_of_four(layer.inputs) for name, layer in layers.items()}
     else:
         choosers = {name: smallest(f) for name, f in _fractions(layers, weights, choices).items() if f}
-    pruned = {f"{name}.weight": layers[name].pruned(outside) for name, outside in choosers.items()}
-    return tensors | pruned, f"{unseen} layers that calibration did not see stay" if unseen else ""
+    return {f"{name}.weight": layers[name].pruned(outside) for name, outside in choosers.items()}, unseen
 
 
 def _fractions(layers, weights, choices):

@@ -561,6 +561,20 @@ def test_inputs_of_a_graph_that_are_wrong(tmp_path, capsys, state, whole):
     assert f"{STORED} is in the graph twice" in complaint((1, 1), (2, 2))
 
 
+@pytest.mark.parametrize("axis, moved", [(2, False), (-1, False), (1, True)])
+def test_ranges_of_a_graph_that_are_not_of_channels(tmp_path, capsys, state, axis, moved):
+    graph = Graph(state, [f"{CONV}.weight"])
+    channels = len(state[f"{CONV}.weight"])
+    levels = (graph.tensor("scale", np.full(channels, 0.1)), graph.tensor("zero", np.zeros(channels), np.uint8))
+    x = graph.node("DequantizeLinear", graph.node("QuantizeLinear", "x", *levels, axis=axis), *levels, axis=axis)
+    if moved:
+        x = graph.node("Transpose", x, perm=[0, 1, 3, 2])
+    whole = np.ones(state[f"{CONV}.weight"].shape)
+    graph.node("Conv", x, graph.weight(f"{CONV}.weight", whole, np.full(channels, 0.5)))
+    assert f"the {channels} scales of {CONV}'s input are not of its channels" in failure(
+        tmp_path, capsys, graph.save(tmp_path / "x.onnx"))
+
+
 def test_a_base_that_is_missing(tmp_path, capsys, state):
     source = Graph(state).save(tmp_path / "x.onnx")
     assert "nothing.pth" in failure(tmp_path, capsys, source, "--base", tmp_path / "nothing.pth")

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+import model_file
 from conftest import make_case
 
 
@@ -118,6 +119,8 @@ def test_weights_are_rounded_by_second_moments(run, tiny_model, cases, ranges, t
     assert again.read_text() == ranges.read_text()
     weights = numpy_files.load_file(tiny_model)
     seen = numpy_files.load_file(moments)
+    # The converter, which prunes by them, knows the model by the same number.
+    assert model_file.read_safetensors(moments)[1]["model"] == model_file.fingerprint(weights)
     assert len(seen) == len(json.loads(again.read_text())["layers"])
     error = {}
     for kind, arguments in (("nearest", []), ("moments", ["--moments", moments])):
