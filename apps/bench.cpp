@@ -13,7 +13,6 @@
 
 #include <kernels/active.hpp>
 #include <microtome/microtome.hpp>
-#include <microtome/models/macs.hpp>
 
 #include "commands.hpp"
 
@@ -162,14 +161,14 @@ tensor<float> make_image(index_t side) {
 
 int run_bench(const bench_options& options) {
   precision_count precisions;
-  const lite_medsam model = lite_medsam::load(options.model, {.windows = options.windows,
-                                                              .inputs = options.factors,
-                                                              .hook = &precisions,
-                                                              .zeros = options.zeros});
+  const sam model = sam::load(options.model, {.windows = options.windows,
+                                              .inputs = options.factors,
+                                              .hook = &precisions,
+                                              .zeros = options.zeros});
   session s(model, {.threads = options.threads});
-  const index_t side = model.config.image_size;
+  const index_t side = model.encoder.image_size();
   const tensor<float> image = make_image(side);
-  const auto edge = static_cast<float>(side);
+  const auto edge = static_cast<float>(model.config.input.frame);
   const std::vector<box> one{{edge / 4, edge / 4, edge * 3 / 4, edge * 3 / 4}};
   const std::vector<box> batch(batched_boxes, one[0]);
 
@@ -189,7 +188,7 @@ int run_bench(const bench_options& options) {
     batched.ms.push_back(milliseconds_since(start) / batched_boxes);
     if (run == options.runs / 2) peak = measure_peak(s.threads());
   }
-  const double gflops = 2e-6 * static_cast<double>(encoder_macs(model.config)) / encoder.median();
+  const double gflops = 2e-6 * static_cast<double>(model.encoder.macs()) / encoder.median();
 
   if (options.json) {
     const nlohmann::ordered_json result = {{"model", options.model},

@@ -62,7 +62,7 @@ int run_calibrate(const calibrate_options& options) {
   const std::vector<fs::path> cases = find_cases(options.input);
   const safetensors file(options.model);
   calibrator watching(!options.moments.empty());
-  const lite_medsam model(file, {.hook = &watching});
+  const sam model(file, {.hook = &watching});
   {
     // One thread, so that sums of floats are the same each time.
     session s(model, {.threads = options.moments.empty() ? options.threads : 1});

@@ -1,10 +1,10 @@
 #include <cstdio>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include <kernels/active.hpp>
 #include <microtome/microtome.hpp>
-#include <microtome/models/macs.hpp>
 
 #include "commands.hpp"
 
@@ -49,9 +49,18 @@ void show_layers(const layer_list& layers, sparsity mode) {
   std::printf("%-13s %td layers, dense\n\n", "fp32", plain);
 }
 
+/// What happens to an image before it is encoded.
+std::string words(const input_policy& policy) {
+  std::ostringstream text;
+  text << (policy.resize == input_policy::interpolation::area ? "area" : "antialiased linear")
+       << " interpolation, "
+       << (policy.normalize ? "fixed mean and deviation" : "minimum to maximum") << "; prompts in "
+       << policy.frame << " x " << policy.frame;
+  return text.str();
+}
+
 void show_model(const std::string& path, sparsity mode) {
   const safetensors file(path);
-  const lite_medsam_config config = lite_medsam_config::from(file);
   index_t parameters = 0;
   for (const auto& [name, entry] : file.tensors())
     if (!name.ends_with("_mask")) parameters += entry.extents.size();
@@ -60,22 +69,15 @@ void show_model(const std::string& path, sparsity mode) {
     if (key != "config") std::printf("%-13s %s\n", key.c_str(), value.c_str());
   std::printf("parameters    %.2f M stored in %zu tensors\n", static_cast<double>(parameters) / 1e6,
               file.tensors().size());
-  std::printf("input         %td x %td x %td\n", config.image_size, config.image_size,
-              config.pixel_channels);
-  std::printf("encoder       %.2f GMAC without padding\n",
-              static_cast<double>(encoder_macs(config)) / 1e9);
-  for (std::size_t i = 0; i < config.stages.size(); ++i) {
-    const stage_config& s = config.stages[i];
-    if (s.blocks == stage_config::kind::conv)
-      std::printf("  layers.%zu    %td MBConv, %td channels, expanded %td times\n", i, s.depth,
-                  s.dim, s.expand);
-    else
-      std::printf("  layers.%zu    %td blocks, %td channels, %td heads, windows %td x %td\n", i,
-                  s.depth, s.dim, s.heads, s.window, s.window);
-  }
-  std::printf("\n");
   layer_list layers;
-  static_cast<void>(lite_medsam(file, {.hook = &layers, .zeros = mode}));
+  const sam model(file, {.hook = &layers, .zeros = mode});
+  const image_encoder& encoder = model.encoder;
+  std::printf("input         %td x %td x 3, %s\n", encoder.image_size(), encoder.image_size(),
+              words(model.config.input).c_str());
+  std::printf("encoder       %s, %.2f GMAC without padding\n", encoder.kind().c_str(),
+              static_cast<double>(encoder.macs()) / 1e9);
+  for (const std::string& part : encoder.parts()) std::printf("  %s\n", part.c_str());
+  std::printf("\n");
   show_layers(layers, mode);
   for (const auto& [name, entry] : file.tensors())
     std::printf("%-5s %-20s %s\n", entry.dtype.c_str(), to_string(entry.extents).c_str(),

@@ -32,7 +32,7 @@ int run_quantize(const quantize_options& options) {
     throw usage_error(options.output + ": would replace the model that is read");
   const moments_file moments(options.moments, options.model, file.fingerprint());
   model_quantizer quantizer(scheme(options.scheme), ranges ? &*ranges : nullptr, moments.rounder());
-  static_cast<void>(lite_medsam(file, {.hook = &quantizer}));
+  static_cast<void>(sam(file, {.hook = &quantizer}));
   quantizer.write(file, options.output);
 
   std::array<int, 4> layers{};

@@ -225,7 +225,7 @@ public:
   /// Returns the program's exit code.
   int run() {
     std::optional<coming_case> first = take(0);  // read while the model is loaded
-    const lite_medsam model = lite_medsam::load(
+    const sam model = sam::load(
         options_.model,
         {.windows = options_.windows, .inputs = options_.factors, .zeros = options_.zeros});
     std::vector<std::future<void>> others;  // which wait for their threads, whatever happens
@@ -256,7 +256,7 @@ private:
     return coming;
   }
 
-  void work(std::size_t worker, const lite_medsam& model, std::optional<coming_case> current) {
+  void work(std::size_t worker, const sam& model, std::optional<coming_case> current) {
     std::optional<session> s;
     std::future<void> writing;
     while (current) {

@@ -116,7 +116,7 @@ private:
   /// Loads the model as `hook` makes it and segments all cases, each in fp32 first: a machine that
   /// gets busier or hotter slows both down.
   score measure(model_quantizer& hook) {
-    const lite_medsam model(file_, {.hook = &hook});
+    const sam model(file_, {.hook = &hook});
     session fp32(fp32_, {.threads = options_.threads}), s(model, {.threads = options_.threads});
     std::vector<double> times, dice, dice_fp32, iou_fp32;
     for (const labelled_case& c : cases_) {
@@ -199,7 +199,7 @@ private:
   const safetensors file_;
   const activation_ranges ranges_;
   const moments_file moments_;
-  const lite_medsam fp32_;
+  const sam fp32_;
   std::vector<labelled_case> cases_;
   std::map<std::string, unit> units_;
 };

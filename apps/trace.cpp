@@ -63,15 +63,14 @@ int run_trace(const trace_options& options) {
   const io::segmentation_case input = io::read_case(options.input);
   const auto* image = std::get_if<io::image_case>(&input);
   if (!image) fail(options.input, ": is a volume; trace takes an image (H, W, 3)");
-  const lite_medsam model =
-      lite_medsam::load(options.model, {.inputs = options.factors, .zeros = options.zeros});
+  const sam model = sam::load(options.model, {.inputs = options.factors, .zeros = options.zeros});
   session s(model, {.threads = options.threads});
   collecting_tracer trace(options.only);
   s.set_tracer(&trace);
 
-  const index_t side = model.config.image_size;
+  const index_t side = model.encoder.image_size();
   tensor<float> pixels(shape{side * side, 3});
-  const fitted_image fit = preprocess(image->image, side, pixels);
+  const image_fit fit = preprocess(image->image, model, pixels);
   if (trace.wants("input")) trace.record("input", pixels, layout::pixels, side);
   s.encode(pixels);
   std::vector<box> boxes;
@@ -79,7 +78,7 @@ int run_trace(const trace_options& options) {
     if (const std::string bad = box_complaint(image->boxes[i], i, fit.height, fit.width);
         !bad.empty())
       fail(options.input, ": ", bad);
-    boxes.push_back(fit.to_input(image->boxes[i]));
+    boxes.push_back(fit.to_frame(image->boxes[i]));
   }
   const decoded_masks masks = s.decode(boxes);
   trace.add("low_res_masks", masks.low_res_masks);

@@ -71,7 +71,7 @@ void depthwise(benchmark::State& state, index_t width, index_t channels, index_t
   const work todo{18.0 * static_cast<double>(width * channels),
                   floats((3 * n_in + width + 10) * channels)};
   measure(state, todo, [&] {
-    kernel.depthwise3x3({.rows = {x.row(0), x.row(1), x.row(2)},
+    kernel.depthwise({.rows = {x.row(0), x.row(1), x.row(2)},
                          .n_in = n_in,
                          .n_out = width,
                          .first = 0,

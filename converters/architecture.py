@@ -1,20 +1,27 @@
-"""What a LiteMedSAM checkpoint holds: its configuration, read off the shapes, and every key."""
+"""What a checkpoint of a promptable model holds: its configuration, read off the shapes, and every key.
 
-import math
+The image encoder's part is in encoders/; SAM's prompt encoder and mask decoder are the same behind all of them.
+"""
+
+import copy
 import re
 
+import encoders
+from shapes import ArchitectureError, Shapes, count, some
 
-class ArchitectureError(Exception):
-    """The tensors are not those of a LiteMedSAM. The message names them."""
-
-
-# Not visible in any shape: LiteMedSAM's own values.
+# Not visible in any shape: SAM's own value.
 DECODER_HEADS = 8
-# TinyViT's patch merging keeps the resolution where it merges into one of these widths.
-DIMS_WITHOUT_STRIDE = (320, 448, 576)
 # Kept in some checkpoints and needed by nobody: counters, and indices that follow from the window.
-IGNORED = re.compile(r"(\.num_batches_tracked|\.attention_bias_idxs)$")
+_IGNORED = re.compile(r"(\.num_batches_tracked|\.attention_bias_idxs)$")
 _EMBEDDING = re.compile(r"(_embed|_embeddings\.\d+|_token|_tokens)$")
+# A convolution and the BatchNorm after it, by the last parts of their names.
+_NORM_AFTER = {"c": "bn", "conv": "norm"}
+
+
+def ignored(name):
+    """Whether nobody needs the tensor of this name."""
+    known = (encoder.IGNORED for encoder in encoders.KNOWN.values() if encoder.IGNORED)
+    return bool(_IGNORED.search(name) or any(pattern.search(name) for pattern in known))
 
 
 def is_layer(name, ndim):
@@ -23,144 +30,95 @@ def is_layer(name, ndim):
     return ndim >= 2 and not _EMBEDDING.search(name)
 
 
-def _depth(names, prefix):
-    """How many of `prefix`0, `prefix`1, ... there are."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    found = {int(m.group(1)) for m in map(pattern.match, names) if m}
-    return len(found)
+def norm_after(convolution):
+    """The name that a BatchNorm has after a convolution of this name; None where none can be."""
+    place, _, last = convolution.rpartition(".")
+    return f"{place}.{_NORM_AFTER[last]}" if last in _NORM_AFTER else None
 
 
-def _some(names, most=4):
-    """A few of many names, for a message."""
-    shown = ", ".join(map(repr, list(names)[:most]))
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown or "no tensors"
+def encoder_of(config):
+    """The module of encoders/ that a configuration is of."""
+    kind = config["image_encoder"]["kind"]
+    if kind not in encoders.KNOWN:
+        raise ArchitectureError(f"image encoder {kind!r} is not known: expected {', '.join(encoders.KNOWN)}")
+    return encoders.KNOWN[kind]
 
 
-def infer_config(shapes, image_size=256):
+def model_name(config):
+    """What people call the model."""
+    return encoder_of(config).model_name(config["image_encoder"])
+
+
+def infer_config(shapes, image_size=None):
     """The configuration of a state dict, given as {name: shape}, as microtome's model files carry
-    it. Raises ArchitectureError where a tensor that it follows from is missing."""
-
-    def shape(name, rank):
-        found = shapes.get(name)
-        if found is None:
-            raise ArchitectureError(f"not a LiteMedSAM checkpoint: {name!r} is missing; found {_some(shapes)}")
-        if len(found) != rank:
-            raise ArchitectureError(f"{name!r} has shape {tuple(found)}, expected {rank} dimensions")
-        return found
-
-    stages = []
-    count = _depth(shapes, "image_encoder.layers.")
-    if count == 0:
-        raise ArchitectureError(f"not a LiteMedSAM checkpoint: no image_encoder.layers.*; found {_some(shapes)}")
-    for i in range(count):
-        layer = f"image_encoder.layers.{i}"
-        block = f"{layer}.blocks.0"
-        depth = _depth(shapes, f"{layer}.blocks.")
-        if f"{block}.conv1.c.weight" in shapes:
-            hidden, dim, _, _ = shape(f"{block}.conv1.c.weight", 4)
-            stage = dict(kind="conv", dim=dim, depth=depth, expand=hidden // dim)
-        else:
-            heads, biases = shape(f"{block}.attn.attention_biases", 2)
-            _, dim = shape(f"{block}.attn.qkv.weight", 2)
-            hidden, _ = shape(f"{block}.mlp.fc1.weight", 2)
-            stage = dict(kind="attention", dim=dim, depth=depth, heads=heads,
-                         window=math.isqrt(biases), mlp_ratio=hidden // dim)
-        if i + 1 < count:
-            out, _, _, _ = shape(f"{layer}.downsample.conv1.c.weight", 4)
-            stage["stride"] = 1 if out in DIMS_WITHOUT_STRIDE else 2
-        stages.append(stage)
-
-    dim, _, _, _ = shape("image_encoder.neck.0.weight", 4)
+    it. Raises ArchitectureError where a tensor that it follows from is missing. `image_size` is the side of the
+    model's input, where it is not the usual one."""
+    known = Shapes(shapes)
+    found = [encoder for encoder in encoders.KNOWN.values() if encoder.recognises(shapes)]
+    if len(found) != 1:
+        what = "the keys of several image encoders" if found else "no known image encoder"
+        raise ArchitectureError(
+            f"not a checkpoint of a promptable model: {what} ({', '.join(encoders.KNOWN)}); found {some(shapes)}"
+        )
+    image_encoder = found[0].infer_config(shapes, image_size)
     transformer = "mask_decoder.transformer.layers"
-    inner, _ = shape(f"{transformer}.0.cross_attn_token_to_image.q_proj.weight", 2)
-    mlp_dim, _ = shape(f"{transformer}.0.mlp.lin1.weight", 2)
-    iou_hidden, _ = shape("mask_decoder.iou_prediction_head.layers.0.weight", 2)
-    masks, _ = shape("mask_decoder.mask_tokens.weight", 2)
-    mask_in_chans, _, _, _ = shape("prompt_encoder.mask_downscaling.3.weight", 4)
+    inner, dim = known.of(f"{transformer}.0.cross_attn_token_to_image.q_proj.weight", 2)
+    mlp_dim, _ = known.of(f"{transformer}.0.mlp.lin1.weight", 2)
+    iou_hidden, _ = known.of("mask_decoder.iou_prediction_head.layers.0.weight", 2)
+    masks, _ = known.of("mask_decoder.mask_tokens.weight", 2)
+    mask_in_chans, _, _, _ = known.of("prompt_encoder.mask_downscaling.3.weight", 4)
     return dict(
-        image_size=image_size,
-        pixel_channels=shape("image_encoder.patch_embed.seq.0.c.weight", 4)[1],
-        stages=stages,
-        embed_dim=dim,
+        input=found[0].input_policy(image_encoder),
+        image_encoder=image_encoder,
         mask_in_chans=mask_in_chans,
         decoder=dict(
-            depth=_depth(shapes, transformer + "."),
+            depth=count(shapes, transformer + "."),
             heads=DECODER_HEADS,
             mlp_dim=mlp_dim,
             attention_downsample=dim // max(inner, 1),
             multimask_outputs=masks - 1,
             iou_hidden=iou_hidden,
-            iou_depth=_depth(shapes, "mask_decoder.iou_prediction_head.layers."),
+            iou_depth=count(shapes, "mask_decoder.iou_prediction_head.layers."),
+            norm_epsilon=found[0].DECODER_NORM_EPSILON,
         ),
     )
 
 
+def upgraded(flat):
+    """The configuration that a model file of version 1 has, which knew LiteMedSAM alone, as it is since."""
+    config = copy.deepcopy(flat)
+    encoder = dict(kind="tiny_vit", stem="pointwise")
+    encoder |= {key: config.pop(key) for key in ("image_size", "pixel_channels", "stages", "embed_dim")}
+    decoder = config["decoder"] | dict(norm_epsilon=encoders.KNOWN["tiny_vit"].DECODER_NORM_EPSILON)
+    return dict(
+        input=encoders.KNOWN["tiny_vit"].input_policy(encoder), image_encoder=encoder,
+        mask_in_chans=config["mask_in_chans"], decoder=decoder,
+    )
+
+
 def folded_convolutions(names):
-    """The convolutions in a state dict whose BatchNorm has been folded into their weight and bias."""
+    """The convolutions in a state dict that have a bias and no BatchNorm."""
     names = set(names)
+    convolutions = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
     return {
-        name.removesuffix(".c.bias")
-        for name in names
-        if name.endswith(".c.bias") and name.removesuffix("c.bias") + "bn.weight" not in names
+        name for name in convolutions
+        if norm_after(name) and f"{name}.weight" in names and f"{norm_after(name)}.running_mean" not in names
     }
 
 
 def expected_shapes(config, folded=()):
-    """{name: shape} of every tensor in the state dict of a LiteMedSAM of this configuration, in which
+    """{name: shape} of every tensor in the state dict of a model of this configuration, in which
     the convolutions `folded` have a bias and no BatchNorm."""
-    shapes = {}
-
-    def conv_bn(name, out, channels, kernel):
-        shapes[f"{name}.c.weight"] = (out, channels, kernel, kernel)
-        if name in folded:
-            shapes[f"{name}.c.bias"] = (out,)
-            return
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.bn.{part}"] = (out,)
+    shapes = encoder_of(config).expected_shapes(config["image_encoder"], folded)
+    dim = config["image_encoder"]["embed_dim"]
 
     def affine(name, *weight, bias=True):
         shapes[f"{name}.weight"] = weight
         if bias:
             shapes[f"{name}.bias"] = weight[:1]
 
-    def encoder():
-        name = "image_encoder"
-        stages = config["stages"]
-        first = stages[0]["dim"]
-        conv_bn(f"{name}.patch_embed.seq.0", first // 2, config["pixel_channels"], 1)
-        conv_bn(f"{name}.patch_embed.seq.2", first, first // 2, 1)
-        for i, stage in enumerate(stages):
-            dim = stage["dim"]
-            for j in range(stage["depth"]):
-                block = f"{name}.layers.{i}.blocks.{j}"
-                if stage["kind"] == "conv":
-                    hidden = dim * stage["expand"]
-                    conv_bn(f"{block}.conv1", hidden, dim, 1)
-                    conv_bn(f"{block}.conv2", hidden, 1, 3)
-                    conv_bn(f"{block}.conv3", dim, hidden, 1)
-                else:
-                    hidden = dim * stage["mlp_ratio"]
-                    shapes[f"{block}.attn.attention_biases"] = (stage["heads"], stage["window"] ** 2)
-                    affine(f"{block}.attn.norm", dim)
-                    affine(f"{block}.attn.qkv", 3 * dim, dim)
-                    affine(f"{block}.attn.proj", dim, dim)
-                    affine(f"{block}.mlp.norm", dim)
-                    affine(f"{block}.mlp.fc1", hidden, dim)
-                    affine(f"{block}.mlp.fc2", dim, hidden)
-                    conv_bn(f"{block}.local_conv", dim, 1, 3)
-            if i + 1 < len(stages):
-                merge, out = f"{name}.layers.{i}.downsample", stages[i + 1]["dim"]
-                conv_bn(f"{merge}.conv1", out, dim, 1)
-                conv_bn(f"{merge}.conv2", out, 1, 3)
-                conv_bn(f"{merge}.conv3", out, out, 1)
-        embed = config["embed_dim"]
-        affine(f"{name}.neck.0", embed, stages[-1]["dim"], 1, 1, bias=False)
-        affine(f"{name}.neck.1", embed)
-        affine(f"{name}.neck.2", embed, embed, 3, 3, bias=False)
-        affine(f"{name}.neck.3", embed)
-
     def prompts():
-        name, dim, channels = "prompt_encoder", config["embed_dim"], config["mask_in_chans"]
+        name, channels = "prompt_encoder", config["mask_in_chans"]
         shapes[f"{name}.pe_layer.positional_encoding_gaussian_matrix"] = (2, dim // 2)
         for i in range(4):
             affine(f"{name}.point_embeddings.{i}", 1, dim, bias=False)
@@ -174,11 +132,11 @@ def expected_shapes(config, folded=()):
 
     def attention(name, inner):
         for part in ("q_proj", "k_proj", "v_proj"):
-            affine(f"{name}.{part}", inner, config["embed_dim"])
-        affine(f"{name}.out_proj", config["embed_dim"], inner)
+            affine(f"{name}.{part}", inner, dim)
+        affine(f"{name}.out_proj", dim, inner)
 
     def decoder():
-        name, dim, d = "mask_decoder", config["embed_dim"], config["decoder"]
+        name, d = "mask_decoder", config["decoder"]
         inner = dim // d["attention_downsample"]
         for i in range(d["depth"]):
             layer = f"{name}.transformer.layers.{i}"
@@ -204,7 +162,6 @@ def expected_shapes(config, folded=()):
             out = d["multimask_outputs"] + 1 if j + 1 == d["iou_depth"] else d["iou_hidden"]
             affine(f"{name}.iou_prediction_head.layers.{j}", out, dim if j == 0 else d["iou_hidden"])
 
-    encoder()
     prompts()
     decoder()
     return shapes

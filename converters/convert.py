@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts a LiteMedSAM checkpoint (.pth) into a model file for microtome (.safetensors).
+"""Converts a checkpoint (.pth) of LiteMedSAM or another promptable model into a model file for microtome (.safetensors).
 
 It prunes weights where asked to, also those of a model file that it wrote before: by their magnitudes (see
 pruning.py), or by what calibration saw of the layers' inputs (see repair.py).
@@ -24,36 +24,36 @@ import pruning
 import quantized
 import repair
 
-BATCH_NORM_EPSILON = 1e-5
-IMAGE_SIZE = 256
 
-
-def batch_norm_scale(tensors, norm):
+def batch_norm_scale(tensors, norm, epsilon):
     """What a BatchNorm multiplies its channels by, in double precision."""
-    gamma, variance = (tensors[norm + part].astype(np.float64) for part in ("weight", "running_var"))
+    gamma, variance = (tensors[f"{norm}.{part}"].astype(np.float64) for part in ("weight", "running_var"))
     if (variance < 0).any():
-        raise architecture.ArchitectureError(f"{norm}running_var has negative values")
-    return gamma / np.sqrt(variance + BATCH_NORM_EPSILON)
+        raise architecture.ArchitectureError(f"{norm}.running_var has negative values")
+    return gamma / np.sqrt(variance + epsilon)
 
 
-def fold_batch_norm(tensors):
-    """Replaces every convolution and BatchNorm pair (`NAME.c`, `NAME.bn`) by the one convolution
-    with bias that computes the same, folded in double precision:
+def fold_batch_norm(tensors, epsilon):
+    """Replaces every convolution and BatchNorm pair (`NAME.c`, `NAME.bn`; see architecture.norm_after) by the one
+    convolution with bias that computes the same, folded in double precision:
 
         w' = w * gamma / sqrt(var + eps),    b' = beta - mean * gamma / sqrt(var + eps)
     """
-    folded = {}
+    folded, norms = {}, []
     for name, value in tensors.items():
-        if ".bn." in name:
-            continue
-        norm = name.removesuffix("c.weight") + "bn."
-        if not name.endswith(".c.weight") or norm + "weight" not in tensors:
+        convolution = name.removesuffix(".weight")
+        norm = architecture.norm_after(convolution)
+        if convolution == name or not norm or f"{norm}.running_mean" not in tensors:
             folded[name] = value
             continue
-        beta, mean = (tensors[norm + part].astype(np.float64) for part in ("bias", "running_mean"))
-        scale = batch_norm_scale(tensors, norm)
+        beta, mean = (tensors[f"{norm}.{part}"].astype(np.float64) for part in ("bias", "running_mean"))
+        scale = batch_norm_scale(tensors, norm, epsilon)
         folded[name] = (value * scale[:, None, None, None]).astype(np.float32)
-        folded[name.removesuffix("weight") + "bias"] = (beta - mean * scale).astype(np.float32)
+        folded[f"{convolution}.bias"] = (beta - mean * scale).astype(np.float32)
+        norms.append(norm)
+    for norm in norms:
+        for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            folded.pop(f"{norm}.{part}", None)
     return folded
 
 
@@ -71,19 +71,19 @@ def halve(tensors, least=4096):
     return halved
 
 
-def fold_into_layer(layer, tensors):
+def fold_into_layer(layer, tensors, epsilon):
     """A quantised layer with the BatchNorm that follows it, if one does, folded into its scales."""
-    norm = layer.name.removesuffix("c") + "bn."
-    if not layer.name.endswith(".c") or norm + "weight" not in tensors:
+    norm = architecture.norm_after(layer.name)
+    if not norm or f"{norm}.running_mean" not in tensors:
         return layer
-    return layer.folded(batch_norm_scale(tensors, norm))
+    return layer.folded(batch_norm_scale(tensors, norm, epsilon))
 
 
-def convert(state, config=None, image_size=IMAGE_SIZE, layers=()):
+def convert(state, config=None, image_size=None, layers=()):
     """Turns a state dict {name: array} into the tensors and the configuration of a model file. The
     configuration is read off the shapes unless it is given. `layers` are those in 8 bits; the state dict
     has their weights in floats, too."""
-    state = {n: v for n, v in state.items() if not architecture.IGNORED.search(n)}
+    state = {n: v for n, v in state.items() if not architecture.ignored(n)}
     shapes = {name: value.shape for name, value in state.items()}
     config = config or architecture.infer_config(shapes, image_size)
     architecture.check(shapes, config)
@@ -93,10 +93,11 @@ def convert(state, config=None, image_size=IMAGE_SIZE, layers=()):
         if not np.isfinite(value).all():
             raise architecture.ArchitectureError(f"{name} holds NaN or infinite values")
     state = {n: v.astype(np.float32) for n, v in state.items()}
-    tensors = fold_batch_norm(state)
+    epsilon = architecture.encoder_of(config).BATCH_NORM_EPSILON
+    tensors = fold_batch_norm(state, epsilon)
     for layer in layers:
         layer.check()
-        tensors |= fold_into_layer(layer, state).tensors()
+        tensors |= fold_into_layer(layer, state, epsilon).tensors()
     return tensors, config
 
 
@@ -104,7 +105,7 @@ def complete(found, layers, base, image_size):
     """The state dict of which an ONNX graph holds `found`, among tensors that are not the checkpoint's,
     and `base`, {name: array}, the rest. A convolution that has a bias in the graph has no BatchNorm."""
     folded = architecture.folded_convolutions(found)
-    gone = tuple(f"{name}.bn." for name in folded)
+    gone = tuple(f"{architecture.norm_after(name)}." for name in folded)
     together = {n: v for n, v in base.items() if not n.startswith(gone)} | found
     try:
         config = architecture.infer_config({n: v.shape for n, v in together.items()}, image_size)
@@ -136,7 +137,7 @@ def read(path, base, image_size, choices):
             raise checkpoint.CheckpointError(f"{base}: {error}") from None
     state = complete(found, layers, rest, image_size)
     if base:
-        taken = sum(n not in found and not architecture.IGNORED.search(n) for n in state)
+        taken = sum(n not in found and not architecture.ignored(n) for n in state)
         print(f"{base}: {taken} tensors, which the graph does not name")
     return state, layers
 
@@ -258,7 +259,6 @@ def check_options(parser, options):
         parser.error("--prune-keep needs --prune or --prune-2-4")
     if options.calibration and options.prune is None and not options.prune_2_4:
         parser.error("--calibration needs --prune or --prune-2-4")
-    options.image_size = options.image_size or IMAGE_SIZE
 
 
 def main(arguments=None):
@@ -269,7 +269,7 @@ def main(arguments=None):
         "fp16 weights",
     )
     parser.add_argument("-o", "--output", required=True, help=".safetensors file to write")
-    parser.add_argument("--image-size", type=int, help=f"side of the model's input ({IMAGE_SIZE})")
+    parser.add_argument("--image-size", type=int, help="side of the model's input (256 for LiteMedSAM)")
     parser.add_argument(
         "--storage", choices=("fp32", "fp16"), default="fp32",
         help="fp16: half the file; weights are widened when it is loaded (%(default)s)",

@@ -133,7 +133,7 @@ def learning_rate(step, steps, peak):
 def case_dice(model, case, device):
     """The mean Dice coefficient over the objects of a case, each asked for with a box in every slice that
     shows it, at the resolution of the case."""
-    side = model.config["image_size"]
+    side = model.config["image_encoder"]["image_size"]
     sums = {}
     for z in case.labelled():
         prompts = case.prompts(z)
@@ -254,7 +254,7 @@ class Training:
         rng = np.random.default_rng([self.seed, 1, number])
         case = self.cases[order[place]]
         chosen = case[rng.integers(len(case))]
-        return labelled_cases.sample(chosen, self.model.config["image_size"], PROMPTS, rng)
+        return labelled_cases.sample(chosen, self.model.config["image_encoder"]["image_size"], PROMPTS, rng)
 
     def advance(self):
         """One step. Images come one after the other, since a batch of them takes more memory and, with
@@ -299,9 +299,11 @@ class Training:
 
 def run(options, device, interrupted):
     """Returns whether it came to the end."""
-    config, start = load_weights.read(options.model, options.image_size or convert.IMAGE_SIZE)
+    config, start = load_weights.read(options.model, options.image_size)
+    if config["input"]["normalize"] != "range":
+        raise architecture.ArchitectureError("fine-tuning knows LiteMedSAM's way to make an image its input alone")
     cases = [part for _, part in usable(options.input, "train with",
-                                        lambda case: labelled_cases.slices(case, config["image_size"]))]
+                                        lambda case: labelled_cases.slices(case, config["image_encoder"]["image_size"]))]
     validation = []
     if options.validate:
         held_out = usable(options.validate, "validate with", lambda case: [case.prompts(z) for z in case.labelled()])
@@ -363,7 +365,7 @@ def parse(arguments=None):
     parser.add_argument("--rate", type=positive(float), default=1e-4, help="peak learning rate (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the order of images and how they vary (%(default)s)")
     parser.add_argument("--image-size", type=positive(int),
-                        help=f"side of a checkpoint's input ({convert.IMAGE_SIZE})")
+                        help="side of a checkpoint's input (256)")
     options = parser.parse_args(arguments)
     if options.seed < 0:
         parser.error("--seed is not negative")

@@ -18,7 +18,7 @@ import numpy as np
 
 import architecture
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 ALIGNMENT = 64
 _DTYPES = {"f4": "F32", "f2": "F16", "i1": "I8", "u1": "U8"}
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
@@ -54,7 +54,7 @@ def write(path, tensors, config, scheme=None, pruning=None):
     metadata = {
         "format": "microtome",
         "format_version": FORMAT_VERSION,
-        "model": "lite_medsam",
+        "model": architecture.model_name(config),
         "precision": "mixed" if scheme else "fp32",
         "config": json.dumps(config),
     }
@@ -182,10 +182,13 @@ def read(path):
     """The tensors {name: array} of a model file, weights with all their zeros, its configuration and its
     metadata."""
     tensors, metadata = read_safetensors(path)
-    if (metadata.get("format"), metadata.get("format_version")) != ("microtome", FORMAT_VERSION):
-        raise ModelFileError(f"not a model file of microtome, version {FORMAT_VERSION}")
+    version = metadata.get("format_version")
+    if metadata.get("format") != "microtome" or version not in ("1", FORMAT_VERSION):
+        raise ModelFileError(f"not a model file of microtome, version 1 or {FORMAT_VERSION}")
     try:
         config = json.loads(metadata["config"])
+        if version == "1":
+            config = architecture.upgraded(config)
         shapes = architecture.expected_shapes(config, architecture.folded_convolutions(tensors))
         if not all(type(n) is int and n > 0 for shape in shapes.values() for n in shape):
             raise ValueError

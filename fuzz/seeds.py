@@ -17,12 +17,13 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "converters"), str(ROOT / "converters" / "reference")]
 
+import architecture  # noqa: E402
 import convert  # noqa: E402
 import model_file  # noqa: E402
 import seeded_weights  # noqa: E402
 
 # As small as the architecture goes: a file of some 60 kB, loaded in well under a millisecond.
-CONFIG = dict(
+CONFIG = architecture.upgraded(dict(
     image_size=16,
     pixel_channels=3,
     stages=[
@@ -32,7 +33,7 @@ CONFIG = dict(
     embed_dim=8,
     mask_in_chans=4,
     decoder=dict(depth=1, heads=1, mlp_dim=2, attention_downsample=1, multimask_outputs=1, iou_hidden=2, iou_depth=1),
-)
+))
 
 
 def models(folder):

@@ -21,7 +21,12 @@ namespace microtome::kernels {
 
 using std::ptrdiff_t;
 
-enum class activation { none, relu, gelu };
+enum class activation {
+  none,
+  relu,
+  gelu,      ///< x Phi(x)
+  gelu_tanh  ///< its approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
+};
 
 /// What the factors of products are kept as; everything else is fp32.
 enum class precision {
@@ -101,24 +106,74 @@ struct attention_args {
       nullptr;  ///< where not null: (n_q), log(sum over j of exp(scale * q.k[j] + bias[j]))
 };
 
-/// One row of a depthwise 3x3 convolution over channels-last pixels:
+/// One row of a depthwise convolution of `side` (3 or 5) over channels-last pixels:
 ///
-///     out[x] = act(bias + sum over i, j of rows[i][x * stride + first + j - 1] * weights[i][j])
+///     out[x] = act(bias + sum over i, j of rows[i][x * stride + first + j - side / 2]
+///                                          * weights[i][j])
 ///
 /// for 0 <= x < n_out. A null row, or a column outside [0, n_in), counts as zeros.
 ///
 /// With `scale` rows and weights are whole numbers: rows what `quantize` makes, weights from -127
-/// to 127. Their sums are exact (up to 9 * 255 * 127, and fp32 holds all up to 2^24), and
+/// to 127. Their sums are exact (up to 25 * 255 * 127, and fp32 holds all up to 2^24), and
 ///
 ///     out[x] = act(fma(sum, scale, bias))
 struct depthwise_args {
-  const float* rows[3];  ///< each n_in pixels of `channels` floats
+  const float* rows[5];  ///< `side` of them, each n_in pixels of `channels` floats
   ptrdiff_t n_in, n_out, first, stride, channels;
-  const float* weights;  ///< (3, 3, channels)
+  const float* weights;  ///< (side, side, channels)
   const float* bias;     ///< (channels)
   float* out;            ///< n_out pixels
   activation act = activation::none;
   const float* scale = nullptr;  ///< (channels)
+  ptrdiff_t side = 3;
+};
+
+/// ReLU linear attention (Cai et al., EfficientViT, 2023) of n positions, for one head of `d`
+/// channels. With q+ and k+ for what ReLU leaves of q and k,
+///
+///     out[i] = sum over j of v[j] (k+[j] . q+[i]) / (sum over j of k+[j] . q+[i] + epsilon)
+///
+/// in time linear in n: the sums over j are a matrix, taken once, over positions in order.
+struct linear_attention_args {
+  ptrdiff_t n, d;
+  const float* const* qkv;  ///< [n] pointers to q, k and v: 3 d floats
+  float* const* out;        ///< [n] pointers to d floats
+  float epsilon;
+  float* scratch;  ///< d * (d + 1) floats
+};
+
+/// The transforms of Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, Fast Algorithms for Convolutional
+/// Neural Networks, 2016) around its 36 products: 4 x 4 outputs of a 3 x 3 convolution of stride 1
+/// from 6 x 6 inputs d and weights g,
+///
+///     Y = A^T [ (G g G^T) * (B^T d B) ] A,
+///
+/// where * is element by element over the tile and a product of matrices over channels, and
+///
+///     B^T = 4  0 -5  0  1  0     G =  1/4     0     0     A^T = 1  1  1  1  1  0
+///           0 -4 -4  1  1  0         -1/6  -1/6  -1/6           0  1 -1  2 -2  0
+///           0  4 -4 -1  1  0         -1/6   1/6  -1/6           0  1  1  4  4  0
+///           0 -2 -1  2  1  0         1/24  1/12   1/6           0  1 -1  8 -8  1
+///           0  2 -1 -2  1  0         1/24 -1/12   1/6
+///           0  4  0 -5  0  1            0     0     1
+///
+/// winograd_input makes B^T d B of one tile.
+struct winograd_input_args {
+  ptrdiff_t channels;
+  const float* const* x;  ///< [6 * 6] pointers to pixels
+  float* out;             ///< 36 rows of `channels` floats
+  ptrdiff_t out_stride;   ///< floats from one to the next
+};
+
+/// winograd_output makes act(A^T m A + bias + residual) of one tile.
+struct winograd_output_args {
+  ptrdiff_t channels;
+  const float* m;      ///< 36 rows of `channels` floats
+  ptrdiff_t m_stride;  ///< floats from one to the next
+  float* const* out;   ///< [4 * 4] pointers to pixels; where null, the pixel is not wanted
+  const float* bias;   ///< (channels), or null
+  const float* const* residual = nullptr;  ///< [4 * 4] pointers to pixels, perhaps those of `out`
+  activation act = activation::none;
 };
 
 /// out[i] = act((x[i] - mean(x[i])) / sqrt(var(x[i]) + epsilon) * gamma + beta) over each of `n`
@@ -186,7 +241,10 @@ struct table {
   /// n_k rounded up to the vector width that attention works in.
   ptrdiff_t (*attention_columns)(ptrdiff_t n_k);
 
-  void (*depthwise3x3)(const depthwise_args&);
+  void (*depthwise)(const depthwise_args&);
+  void (*linear_attention)(const linear_attention_args&);
+  void (*winograd_input)(const winograd_input_args&);
+  void (*winograd_output)(const winograd_output_args&);
   /// q - zero_point of (rows, channels) floats, as floats; out may be x.
   void (*quantize)(ptrdiff_t rows, ptrdiff_t channels, const float* x, channel_quantization to,
                    float* out);

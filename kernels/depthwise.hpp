@@ -1,8 +1,8 @@
-/// Depthwise 3x3 convolution, vectorised over channels, one output row at a time.
+/// Depthwise convolution of 3x3 or 5x5, vectorised over channels, one output row at a time.
 ///
 /// The inner kernel makes pixels_at_once neighbouring outputs of one vector of channels, so that
 /// each input column is loaded once per row and each weight once per pixels_at_once outputs; sums
-/// stay in registers. 9 FMAs per output: bound by the load ports while the three rows are in L2.
+/// stay in registers. Bound by the load ports while the input rows are in L2.
 #pragma once
 
 #include <algorithm>
@@ -28,22 +28,22 @@ HWY_INLINE void store_sum(const depthwise_args& args, Tag tag, ptrdiff_t c, hn::
 
 /// Outputs x .. x + Pixels - 1 of the channels c .. c + lanes(Tag) - 1, whose input columns all
 /// exist.
-template <ptrdiff_t Pixels, ptrdiff_t Stride, class Tag>
+template <ptrdiff_t Side, ptrdiff_t Pixels, ptrdiff_t Stride, class Tag>
 HWY_INLINE void depthwise_inside(const depthwise_args& args, Tag tag, ptrdiff_t x, ptrdiff_t c) {
   using vec = hn::Vec<Tag>;
-  constexpr ptrdiff_t columns = (Pixels - 1) * Stride + 3;
+  constexpr ptrdiff_t columns = (Pixels - 1) * Stride + Side;
   vec sums[Pixels];
 #pragma GCC unroll 8
   for (ptrdiff_t p = 0; p < Pixels; ++p) sums[p] = first_sum(args, tag, c);
-  for (ptrdiff_t i = 0; i < 3; ++i) {
+  for (ptrdiff_t i = 0; i < Side; ++i) {
     if (!args.rows[i]) continue;
-    const float* in = args.rows[i] + (x * Stride + args.first - 1) * args.channels + c;
-    const float* w = args.weights + i * 3 * args.channels + c;
+    const float* in = args.rows[i] + (x * Stride + args.first - Side / 2) * args.channels + c;
+    const float* w = args.weights + i * Side * args.channels + c;
     vec column[columns];
 #pragma GCC unroll 16
     for (ptrdiff_t j = 0; j < columns; ++j) column[j] = hn::LoadU(tag, in + j * args.channels);
-#pragma GCC unroll 3
-    for (ptrdiff_t j = 0; j < 3; ++j) {
+#pragma GCC unroll 5
+    for (ptrdiff_t j = 0; j < Side; ++j) {
       const vec weight = hn::LoadU(tag, w + j * args.channels);
 #pragma GCC unroll 8
       for (ptrdiff_t p = 0; p < Pixels; ++p)
@@ -56,26 +56,27 @@ HWY_INLINE void depthwise_inside(const depthwise_args& args, Tag tag, ptrdiff_t 
 }
 
 /// One output at the left or right border, some of whose columns do not exist.
-template <class Tag>
+template <ptrdiff_t Side, class Tag>
 inline void depthwise_border(const depthwise_args& args, Tag tag, ptrdiff_t x, ptrdiff_t c) {
   auto sum = first_sum(args, tag, c);
-  for (ptrdiff_t i = 0; i < 3; ++i) {
+  for (ptrdiff_t i = 0; i < Side; ++i) {
     if (!args.rows[i]) continue;
-    for (ptrdiff_t j = 0; j < 3; ++j) {
-      const ptrdiff_t column = x * args.stride + args.first + j - 1;
+    for (ptrdiff_t j = 0; j < Side; ++j) {
+      const ptrdiff_t column = x * args.stride + args.first + j - Side / 2;
       if (column < 0 || column >= args.n_in) continue;
       sum = mul_add(hn::LoadU(tag, args.rows[i] + column * args.channels + c),
-                    hn::LoadU(tag, args.weights + (i * 3 + j) * args.channels + c), sum);
+                    hn::LoadU(tag, args.weights + (i * Side + j) * args.channels + c), sum);
     }
   }
   store_sum(args, tag, c, sum, args.out + x * args.channels + c);
 }
 
-template <ptrdiff_t Stride>
+template <ptrdiff_t Side, ptrdiff_t Stride>
 inline void depthwise_row(const depthwise_args& args) {
   // Outputs [inside0, inside1) read columns that all exist.
-  const ptrdiff_t inside0 = std::clamp<ptrdiff_t>((Stride - args.first) / Stride, 0, args.n_out);
-  const ptrdiff_t last_start = args.n_in - args.first - 2;
+  const ptrdiff_t inside0 =
+      std::clamp<ptrdiff_t>((Side / 2 + Stride - 1 - args.first) / Stride, 0, args.n_out);
+  const ptrdiff_t last_start = args.n_in - args.first - (Side / 2 + 1);
   const ptrdiff_t inside1 =
       last_start < 0 ? inside0 : std::clamp(last_start / Stride + 1, inside0, args.n_out);
 
@@ -83,11 +84,11 @@ inline void depthwise_row(const depthwise_args& args) {
                           ptrdiff_t end) {
     for (; c + step <= end; c += step) {
       if (count == pixels_at_once)
-        depthwise_inside<pixels_at_once, Stride>(args, tag, x, c);
+        depthwise_inside<Side, pixels_at_once, Stride>(args, tag, x, c);
       else if (count == 1)
-        depthwise_inside<1, Stride>(args, tag, x, c);
+        depthwise_inside<Side, 1, Stride>(args, tag, x, c);
       else
-        depthwise_border(args, tag, x, c);
+        depthwise_border<Side>(args, tag, x, c);
     }
     return c;
   };
@@ -107,8 +108,11 @@ inline void depthwise_row(const depthwise_args& args) {
   for (; x < args.n_out; ++x) all_channels(x, border);
 }
 
-inline void depthwise3x3(const depthwise_args& args) {
-  args.stride == 1 ? depthwise_row<1>(args) : depthwise_row<2>(args);
+inline void depthwise(const depthwise_args& args) {
+  if (args.side == 3)
+    args.stride == 1 ? depthwise_row<3, 1>(args) : depthwise_row<3, 2>(args);
+  else
+    args.stride == 1 ? depthwise_row<5, 1>(args) : depthwise_row<5, 2>(args);
 }
 
 }  // namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE

@@ -34,6 +34,7 @@ inline void map(ptrdiff_t n, const float* x, float* out, Function f) {
 template <activation Act>
 inline batch apply_batch(batch x) {
   if constexpr (Act == activation::gelu) return gelu_batch(x);
+  if constexpr (Act == activation::gelu_tanh) return gelu_tanh_batch(x);
   if constexpr (Act == activation::relu) return relu_batch(x);
   return x;
 }
@@ -48,6 +49,8 @@ HWY_INLINE void with_activation(activation act, Function&& f) {
       return f.template operator()<activation::relu>();
     case activation::gelu:
       return f.template operator()<activation::gelu>();
+    case activation::gelu_tanh:
+      return f.template operator()<activation::gelu_tanh>();
   }
 }
 

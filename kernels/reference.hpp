@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numbers>
 #include <vector>
 
 #include "contract.hpp"
@@ -21,6 +22,9 @@ inline double activate(activation act, double x) {
       return std::max(x, 0.0);
     case activation::gelu:
       return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+    case activation::gelu_tanh:
+      return 0.5 * x *
+             (1 + std::tanh(std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x)));
   }
   return x;
 }
@@ -132,33 +136,83 @@ inline void attention(const attention_args& args) {
   }
 }
 
-inline void depthwise3x3(const depthwise_args& args) {
+inline void depthwise(const depthwise_args& args) {
   for (ptrdiff_t x = 0; x < args.n_out; ++x)
     for (ptrdiff_t c = 0; c < args.channels; ++c) {
       double sum = args.bias[c];
-      for (ptrdiff_t i = 0; i < 3; ++i)
-        for (ptrdiff_t j = 0; j < 3; ++j) {
-          const ptrdiff_t column = x * args.stride + args.first + j - 1;
+      for (ptrdiff_t i = 0; i < args.side; ++i)
+        for (ptrdiff_t j = 0; j < args.side; ++j) {
+          const ptrdiff_t column = x * args.stride + args.first + j - args.side / 2;
           if (args.rows[i] && column >= 0 && column < args.n_in)
             sum += double{args.rows[i][column * args.channels + c]} *
-                   args.weights[(i * 3 + j) * args.channels + c];
+                   args.weights[(i * args.side + j) * args.channels + c];
         }
       args.out[x * args.channels + c] = static_cast<float>(activate(args.act, sum));
     }
 }
 
-inline void depthwise3x3_int8(const depthwise_args& args) {
+inline void depthwise_int8(const depthwise_args& args) {
   for (ptrdiff_t x = 0; x < args.n_out; ++x)
     for (ptrdiff_t c = 0; c < args.channels; ++c) {
       std::int32_t sum = 0;
-      for (ptrdiff_t tap = 0; tap < 9; ++tap) {
-        const ptrdiff_t column = x * args.stride + args.first + tap % 3 - 1;
-        if (args.rows[tap / 3] && column >= 0 && column < args.n_in)
-          sum += static_cast<std::int32_t>(args.rows[tap / 3][column * args.channels + c]) *
+      for (ptrdiff_t tap = 0; tap < args.side * args.side; ++tap) {
+        const ptrdiff_t column = x * args.stride + args.first + tap % args.side - args.side / 2;
+        const float* row = args.rows[tap / args.side];
+        if (row && column >= 0 && column < args.n_in)
+          sum += static_cast<std::int32_t>(row[column * args.channels + c]) *
                  static_cast<std::int32_t>(args.weights[tap * args.channels + c]);
       }
       args.out[x * args.channels + c] =
           std::fma(static_cast<float>(sum), args.scale[c], args.bias[c]);
+    }
+}
+
+inline void linear_attention(const linear_attention_args& args) {
+  const ptrdiff_t d = args.d;
+  std::vector<double> out(static_cast<std::size_t>(args.n * d));
+  for (ptrdiff_t i = 0; i < args.n; ++i) {
+    double normaliser = args.epsilon;
+    double* sums = out.data() + i * d;
+    for (ptrdiff_t j = 0; j < args.n; ++j) {
+      double product = 0;
+      for (ptrdiff_t c = 0; c < d; ++c)
+        product +=
+            std::max(0.0, double{args.qkv[i][c]}) * std::max(0.0, double{args.qkv[j][d + c]});
+      normaliser += product;
+      for (ptrdiff_t c = 0; c < d; ++c) sums[c] += product * args.qkv[j][2 * d + c];
+    }
+    for (ptrdiff_t c = 0; c < d; ++c) sums[c] /= normaliser;
+  }
+  for (ptrdiff_t i = 0; i < args.n * d; ++i)
+    args.out[i / d][i % d] = static_cast<float>(out[static_cast<std::size_t>(i)]);
+}
+
+inline constexpr double winograd_bt[6][6] = {{4, 0, -5, 0, 1, 0},  {0, -4, -4, 1, 1, 0},
+                                             {0, 4, -4, -1, 1, 0}, {0, -2, -1, 2, 1, 0},
+                                             {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
+inline constexpr double winograd_at[4][6] = {
+    {1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}};
+
+inline void winograd_input(const winograd_input_args& args) {
+  for (ptrdiff_t c = 0; c < args.channels; ++c)
+    for (ptrdiff_t i = 0; i < 36; ++i) {
+      double sum = 0;
+      for (ptrdiff_t k = 0; k < 36; ++k)
+        sum += winograd_bt[i / 6][k / 6] * winograd_bt[i % 6][k % 6] * args.x[k][c];
+      args.out[i * args.out_stride + c] = static_cast<float>(sum);
+    }
+}
+
+inline void winograd_output(const winograd_output_args& args) {
+  for (ptrdiff_t c = 0; c < args.channels; ++c)
+    for (ptrdiff_t i = 0; i < 16; ++i) {
+      if (!args.out[i]) continue;
+      double sum = args.bias ? args.bias[c] : 0.0;
+      for (ptrdiff_t k = 0; k < 36; ++k)
+        sum +=
+            winograd_at[i / 4][k / 6] * winograd_at[i % 4][k % 6] * args.m[k * args.m_stride + c];
+      if (args.residual) sum += args.residual[i][c];
+      args.out[i][c] = static_cast<float>(activate(args.act, sum));
     }
 }
 

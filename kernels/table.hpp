@@ -17,9 +17,11 @@
 #include "elementwise.hpp"
 #include "gemm.hpp"
 #include "layer_norm.hpp"
+#include "linear_attention.hpp"
 #include "peak.hpp"
 #include "softmax.hpp"
 #include "sparse.hpp"
+#include "winograd.hpp"
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
@@ -49,7 +51,10 @@ inline constexpr table kernel_table{
     .native_bf16 = target::bf16 != bf16_dot::none,
     .sparse_time = sparse_time,
     .attention_columns = attention_columns,
-    .depthwise3x3 = depthwise3x3,
+    .depthwise = depthwise,
+    .linear_attention = linear_attention,
+    .winograd_input = winograd_input,
+    .winograd_output = winograd_output,
     .quantize = quantize,
     .layer_norm = layer_norm,
     .activate = activate,

@@ -65,9 +65,9 @@ namespace {
 using namespace microtome;
 
 bool allocates_only_at_first(const char* path) {
-  const lite_medsam model = lite_medsam::load(path);
+  const sam model = sam::load(path);
   session s(model, {.threads = 2});
-  const index_t side = model.config.image_size;
+  const index_t side = model.encoder.image_size();
   const tensor<float> image(shape{side * side, 3});
   const box boxes[] = {{1, 2, 30, 40}, {3, 3, 9, 20}, {5, 0, 50, 51}, {1, 1, 2, 2}, {9, 9, 20, 30}};
   const point points[] = {{3, 4, 1}, {20, 30, 0}};
@@ -122,10 +122,10 @@ int main(int, char** arguments) {
   const char* const path = arguments[1];
   if (arguments[2]) seldom = std::max(1L, std::atol(arguments[2]));
   bool good = allocates_only_at_first(path);
-  good &= survives("loading", 61, [&] { static_cast<void>(lite_medsam::load(path)); });
+  good &= survives("loading", 61, [&] { static_cast<void>(sam::load(path)); });
 
-  const lite_medsam model = lite_medsam::load(path);
-  const index_t side = model.config.image_size;
+  const sam model = sam::load(path);
+  const index_t side = model.encoder.image_size();
   const tensor<float> input(shape{side * side, 3});
   good &= survives("a session", 1, [&] {
     session s(model, {.threads = 2});

@@ -19,12 +19,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "reference")]
 
+import architecture  # noqa: E402
 import convert  # noqa: E402
-import lite_medsam  # noqa: E402
 import model_file  # noqa: E402
+import sam  # noqa: E402
 import seeded_weights  # noqa: E402
 
-CONFIG = dict(
+CONFIG = architecture.upgraded(dict(
     image_size=52,
     pixel_channels=3,
     stages=[
@@ -37,7 +38,7 @@ CONFIG = dict(
     mask_in_chans=12,
     decoder=dict(depth=2, heads=8, mlp_dim=70, attention_downsample=2, multimask_outputs=3,
                  iou_hidden=40, iou_depth=3),
-)
+))
 RESIZES = [  # height, width, channels: fractions, whole factors, growing, and the thinnest
     (97, 131, 3), (261, 173, 1), (104, 104, 3), (208, 156, 1), (156, 104, 3), (52, 52, 3),
     (31, 45, 3), (51, 52, 1), (7, 5, 3), (1, 300, 1), (300, 1, 3), (1, 1, 3),
@@ -49,7 +50,7 @@ def traced_modules(model):
     parts = ["layers.1.downsample", "layers.2.blocks.1"]
     names = [f"{p}.{q}" for p in parts for q in ("conv1", "conv2", "conv3", "local_conv", "mlp")]
     names += ["patch_embed"] + [f"neck.{i}" for i in range(4)]
-    for i, stage in enumerate(CONFIG["stages"]):
+    for i, stage in enumerate(CONFIG["image_encoder"]["stages"]):
         names += [f"layers.{i}.blocks.{j}" for j in range(stage["depth"])] + [f"layers.{i}.downsample"]
     present = {name for name, _ in model.image_encoder.named_modules()}
     return [f"image_encoder.{name}" for name in names if name in present]
@@ -57,7 +58,7 @@ def traced_modules(model):
 
 def make_golden(model):
     rng = np.random.default_rng(7)
-    side = CONFIG["image_size"]
+    side = CONFIG["image_encoder"]["image_size"]
     golden = {"image": rng.uniform(0, 1, (1, 3, side, side)).astype(np.float32)}
     for name in traced_modules(model):
         def keep(_, __, output, name=name):
@@ -92,7 +93,7 @@ def make_golden(model):
 
 def make_resizes():
     rng = np.random.default_rng(11)
-    side = CONFIG["image_size"]
+    side = CONFIG["image_encoder"]["image_size"]
     arrays = {}
     for height, width, channels in RESIZES:
         image = rng.integers(0, 256, (height, width, channels), np.uint8)
@@ -120,7 +121,7 @@ def main():
     state = seeded_weights.seeded_state(CONFIG, seed=3)
     tensors, config = convert.convert(state, CONFIG)
     model_file.write(DATA / "tiny.safetensors", tensors, config)
-    model = lite_medsam.LiteMedSAM(CONFIG).eval()
+    model = sam.Sam(CONFIG).eval()
     missing, unexpected = model.load_state_dict(
         {k: torch.tensor(v) for k, v in state.items()}, strict=False)
     assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "converters" / "reference")]
 
-import lite_medsam  # noqa: E402
+import tiny_vit  # noqa: E402
 import load_weights  # noqa: E402
 import variants  # noqa: E402
 
@@ -108,7 +108,7 @@ def main():
     checkpoint, folder, threads, *cases = sys.argv[1:]
     torch.set_num_threads(int(threads))
     model = load_weights.load(checkpoint)
-    variants.use(model, lite_medsam.WindowAttention, variants.ExplicitAttention)
+    variants.use(model, tiny_vit.WindowAttention, variants.ExplicitAttention)
     model.eval().requires_grad_(False)
     for case in map(pathlib.Path, cases):
         data = np.load(case)

@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-import lite_medsam
+import tiny_vit
 
 
-class ExplicitAttention(lite_medsam.WindowAttention):
+class ExplicitAttention(tiny_vit.WindowAttention):
     """Scores, bias, softmax and values one by one, as TinyViT's and LiteMedSAM's own code has it."""
 
     def forward(self, x):
@@ -18,7 +18,7 @@ class ExplicitAttention(lite_medsam.WindowAttention):
         return self.proj(y.transpose(1, 2).reshape(windows, tokens, dim))
 
 
-class NestedBlock(lite_medsam.TinyViTBlock):
+class NestedBlock(tiny_vit.TinyViTBlock):
     """Attention among the real tokens of each window in nested tensors: nothing is padded, and the
     result is another. Nested tensors take no biases in attention, so that windows go one by one there."""
 

@@ -19,16 +19,16 @@ def pytorch(folder, part, threads, way):
     sys.path.insert(0, str(ROOT / "converters" / "reference"))
     import torch
 
-    import lite_medsam
+    import tiny_vit
     import load_weights
     import variants
 
     torch.set_num_threads(threads)
     model = load_weights.load(folder / "model.pth").eval().requires_grad_(False)
     if way == "explicit":
-        variants.use(model, lite_medsam.WindowAttention, variants.ExplicitAttention)
+        variants.use(model, tiny_vit.WindowAttention, variants.ExplicitAttention)
     if way == "nested":
-        variants.use(model, lite_medsam.TinyViTBlock, variants.NestedBlock)
+        variants.use(model, tiny_vit.TinyViTBlock, variants.NestedBlock)
     module = model.image_encoder if part == "encoder" else Decoding(model)
     if way == "compiled":
         module = torch.compile(module)

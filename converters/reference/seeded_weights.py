@@ -16,7 +16,7 @@ import architecture  # noqa: E402
 import convert  # noqa: E402
 import model_file  # noqa: E402
 
-LITE_MEDSAM = dict(
+LITE_MEDSAM = architecture.upgraded(dict(
     image_size=256,
     pixel_channels=3,
     stages=[
@@ -29,7 +29,7 @@ LITE_MEDSAM = dict(
     mask_in_chans=16,
     decoder=dict(depth=2, heads=8, mlp_dim=2048, attention_downsample=2, multimask_outputs=3,
                  iou_hidden=256, iou_depth=3),
-)
+))
 
 
 def seeded_state(config, seed):

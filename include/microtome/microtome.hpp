@@ -3,4 +3,4 @@
 #pragma once
 
 #include <microtome/imaging/pipeline.hpp>
-#include <microtome/models/lite_medsam.hpp>
+#include <microtome/models/sam.hpp>

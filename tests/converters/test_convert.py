@@ -11,12 +11,13 @@ import torch
 import architecture
 import checkpoint
 import convert
-import lite_medsam
+import sam
 import seeded_weights
+import tiny_vit
 
 CONFIGS = {
     "LiteMedSAM": seeded_weights.LITE_MEDSAM,
-    "another TinyViT": dict(
+    "another TinyViT": architecture.upgraded(dict(
         image_size=32,
         pixel_channels=3,
         stages=[
@@ -28,10 +29,10 @@ CONFIGS = {
         mask_in_chans=8,
         decoder=dict(depth=1, heads=8, mlp_dim=48, attention_downsample=2, multimask_outputs=2,
                      iou_hidden=24, iou_depth=2),
-    ),
+    )),
 }
 # The stride is read off the next width: only 320, 448 and 576 keep the resolution.
-CONFIGS["another TinyViT"]["stages"][1]["stride"] = 1
+CONFIGS["another TinyViT"]["image_encoder"]["stages"][1]["stride"] = 1
 
 
 @pytest.fixture(params=CONFIGS)
@@ -46,11 +47,11 @@ def state():
 
 def test_configuration_is_read_off_the_shapes(config):
     shapes = architecture.expected_shapes(config)
-    assert architecture.infer_config(shapes, config["image_size"]) == config
+    assert architecture.infer_config(shapes, config["image_encoder"]["image_size"]) == config
 
 
 def test_the_reference_has_the_expected_keys(config):
-    model = lite_medsam.LiteMedSAM(config)
+    model = sam.Sam(config)
     own = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     assert own == architecture.expected_shapes(config)
 
@@ -59,13 +60,13 @@ def test_the_reference_loads_the_original_keys(golden_folder):
     state = torch.load(golden_folder / "lite_medsam_s20.pth")
     config = architecture.infer_config({k: tuple(v.shape) for k, v in state.items()})
     assert config == seeded_weights.LITE_MEDSAM
-    lite_medsam.LiteMedSAM(config).load_state_dict(state, strict=True)
+    sam.Sam(config).load_state_dict(state, strict=True)
 
 
 def test_the_reference_answers_as_the_original(golden_folder):
     state = torch.load(golden_folder / "lite_medsam_s20.pth")
     golden = np.load(golden_folder / "lite_medsam_s20.npz")
-    model = lite_medsam.LiteMedSAM(seeded_weights.LITE_MEDSAM).eval()
+    model = sam.Sam(seeded_weights.LITE_MEDSAM).eval()
     model.load_state_dict(state)
     with torch.no_grad():
         embedding = model.image_encoder(torch.tensor(golden["input"]))
@@ -86,14 +87,14 @@ def test_the_reference_answers_as_the_original(golden_folder):
 
 def test_folded_batch_norm_computes_the_same():
     torch.manual_seed(0)
-    pair = lite_medsam.Conv2dBN(5, 7, 3)
+    pair = tiny_vit.Conv2dBN(5, 7, 3)
     with torch.no_grad():
         pair.bn.weight.normal_()
         pair.bn.bias.normal_()
         pair.bn.running_mean.normal_()
         pair.bn.running_var.uniform_(1e-3, 2)
     pair.eval()
-    folded = convert.fold_batch_norm({f"x.{k}": v.numpy() for k, v in pair.state_dict().items()})
+    folded = convert.fold_batch_norm({f"x.{k}": v.numpy() for k, v in pair.state_dict().items()}, 1e-5)
     assert sorted(folded) == ["x.c.bias", "x.c.weight"]
     x = torch.randn(1, 5, 8, 9)
     got = torch.nn.functional.conv2d(
@@ -112,7 +113,7 @@ def test_the_file_is_read_by_the_safetensors_library(tmp_path, state):
     output = tmp_path / "x.safetensors"
     assert convert.main([str(source), "-o", str(output)]) == 0
     tensors = safetensors.numpy.load_file(output)
-    expected = convert.fold_batch_norm(state)
+    expected = convert.fold_batch_norm(state, 1e-5)
     assert tensors.keys() == expected.keys()
     assert all(np.array_equal(tensors[k], expected[k]) for k in expected)
     raw = output.read_bytes()
@@ -136,11 +137,11 @@ def failure(tmp_path, capsys, state):
 def test_problems_are_all_named(tmp_path, capsys, state):
     state = dict(state)
     del state["mask_decoder.iou_token.weight"]
-    state["image_encoder.head.weight"] = np.zeros((2, 2), np.float32)
+    state["image_encoder.extra.weight"] = np.zeros((2, 2), np.float32)
     state["image_encoder.neck.1.bias"] = np.zeros(255, np.float32)
     message = failure(tmp_path, capsys, state)
     assert "missing: mask_decoder.iou_token.weight (1, 256)" in message
-    assert "unexpected: image_encoder.head.weight (2, 2)" in message
+    assert "unexpected: image_encoder.extra.weight (2, 2)" in message
     assert "mis-shaped: image_encoder.neck.1.bias is (255,), expected (256,)" in message
 
 
@@ -163,7 +164,7 @@ def test_a_negative_variance(tmp_path, capsys, state):
 
 
 def test_another_model(tmp_path, capsys):
-    assert "not a LiteMedSAM" in failure(tmp_path, capsys, {"fc.weight": np.zeros((2, 2), np.float32)})
+    assert "no known image encoder" in failure(tmp_path, capsys, {"fc.weight": np.zeros((2, 2), np.float32)})
 
 
 def test_an_output_folder_that_is_missing(tmp_path, capsys, state):

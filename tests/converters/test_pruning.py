@@ -14,7 +14,7 @@ import quantized
 import seeded_weights
 
 # A small one, whose last stage is of a width that keeps the resolution, so that the shapes tell all of it.
-CONFIG = dict(
+CONFIG = architecture.upgraded(dict(
     image_size=52,
     pixel_channels=3,
     stages=[
@@ -27,8 +27,8 @@ CONFIG = dict(
     mask_in_chans=12,
     decoder=dict(depth=2, heads=8, mlp_dim=70, attention_downsample=2, multimask_outputs=3,
                  iou_hidden=40, iou_depth=3),
-)
-SIDE = CONFIG["image_size"]
+))
+SIDE = CONFIG["image_encoder"]["image_size"]
 AMOUNTS = [0, 1e-5, 0.123, 0.2, 1 / 3, 0.5, 1.0]
 DEPTHWISE = "image_encoder.layers.0.blocks.1.conv2.c"
 PIXELS = "image_encoder.patch_embed.seq.0.c"
@@ -52,10 +52,10 @@ def torch():
 @pytest.fixture
 def layers_of(torch):
     """Makes {layer: module} of the reference with a state dict."""
-    import lite_medsam
+    import sam
 
     def make(state, config=CONFIG):
-        model = lite_medsam.LiteMedSAM(config)
+        model = sam.Sam(config)
         model.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
         kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
         return model, {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
@@ -240,7 +240,7 @@ def test_pruned_before_batch_norm_is_folded(tmp_path, capsys, source, state, opt
     zeroed = dict(state)
     for name, gone in pruning.pruned_weights(pruning.layers(state), choices).items():
         zeroed[f"{name}.weight"] = np.where(gone, 0, state[f"{name}.weight"])
-    check_equal(tensors, convert.fold_batch_norm(zeroed))
+    check_equal(tensors, convert.fold_batch_norm(zeroed, 1e-5))
     assert metadata["pruning"] == text
     weights = [w for n, w in zeroed.items() if n.removesuffix(".weight") in pruning.layers(state)]
     share = 100 * sum((w == 0).sum() for w in weights) / sum(w.size for w in weights)
@@ -250,7 +250,7 @@ def test_pruned_before_batch_norm_is_folded(tmp_path, capsys, source, state, opt
 @pytest.mark.parametrize("options", [[], ["--prune", "0"], ["--prune-2-4", "--prune-keep", "*"]])
 def test_nothing_is_said_where_nothing_was_pruned(tmp_path, capsys, source, state, options):
     tensors, metadata = converted(tmp_path, source, *SIZE, *options)
-    check_equal(tensors, convert.fold_batch_norm(state))
+    check_equal(tensors, convert.fold_batch_norm(state, 1e-5))
     assert "pruning" not in metadata and "zero" not in capsys.readouterr().out
 
 
@@ -316,7 +316,7 @@ def test_zeros_are_recognised(torch, tmp_path, capsys, state):
     zeroed, _, _ = pruning.prune(state, [], pruning.Choices(0.3))
     source = save(torch, tmp_path / "x.pth", zeroed)
     tensors, metadata = converted(tmp_path, source, *SIZE)
-    check_equal(tensors, convert.fold_batch_norm(zeroed))
+    check_equal(tensors, convert.fold_batch_norm(zeroed, 1e-5))
     assert metadata["pruning"] == "found in the checkpoint"
     assert "30.0 % of the layers' weights are zero (found in the checkpoint)" in capsys.readouterr().out
     _, metadata = converted(tmp_path, source, *SIZE, "--prune", "0.2")  # less than there is: the same
@@ -345,8 +345,8 @@ def test_masks_of_pytorch(torch, tmp_path, state, layers_of, prefix):
     for name, module in modules.items():
         prune.remove(module, "weight")
     prune.remove(modules[FC], "bias")
-    removed = {k: v.numpy() for k, v in model.state_dict().items() if not architecture.IGNORED.search(k)}
-    check_equal(tensors, convert.fold_batch_norm(removed))
+    removed = {k: v.numpy() for k, v in model.state_dict().items() if not architecture.ignored(k)}
+    check_equal(tensors, convert.fold_batch_norm(removed, 1e-5))
     assert (tensors[f"{FC}.bias"] == 0).sum() == 3 and (tensors[f"{CONV}.weight"] == 0).mean() > 0.5
     assert metadata["pruning"] == "found in the checkpoint"
 
@@ -402,7 +402,7 @@ def test_the_file_leaves_zeros_out(tmp_path, dense, state, storage, dtype):
     convert.main([str(dense), "-o", str(target), "--prune-2-4", "--storage", storage])
     header, _ = raw(target)
     stored = safetensors.load_file(target)
-    expected, _, _ = pruning.prune(convert.fold_batch_norm(state), [], pruning.Choices(two_of_four=True))
+    expected, _, _ = pruning.prune(convert.fold_batch_norm(state, 1e-5), [], pruning.Choices(two_of_four=True))
     if storage == "fp16":
         expected = convert.halve(expected, least=4096)
     sparse = [n for n, v in pruning.layers(expected).items() if (v == 0).any()]

@@ -4,6 +4,7 @@
 #include <microtome/model_file/config.hpp>
 
 #include "../file_builder.hpp"
+#include "../model/golden_support.hpp"
 
 namespace microtome::tests {
 
@@ -207,7 +208,7 @@ TEST_CASE(
     const std::size_t at = generator() % (8 + header);
     bytes[at] ^= std::byte{1} << generator() % 8;
     try {
-      static_cast<void>(lite_medsam::load(bytes));
+      static_cast<void>(sam::load(bytes));
     } catch (const error&) {
       ++refused;
     }
@@ -215,9 +216,9 @@ TEST_CASE(
   CHECK(refused > 100);
 }
 
-TEST_CASE("a model file that is no LiteMedSAM says what it lacks") {
+TEST_CASE("a model file of version 1 says what it lacks") {
   const auto plain = two_tensors().bytes();
-  CHECK(mentions(error_of([&] { static_cast<void>(lite_medsam::load(plain)); }),
+  CHECK(mentions(error_of([&] { static_cast<void>(sam::load(plain)); }),
                  {"model in memory", "'format'", "convert.py"}));
 
   const std::vector<std::byte> sound = tiny_bytes();
@@ -233,7 +234,7 @@ TEST_CASE("a model file that is no LiteMedSAM says what it lacks") {
     config[nlohmann::json::json_pointer(key)] = value;
     file.header["__metadata__"]["config"] = config.dump();
     const auto bytes = file.bytes();
-    return error_of([&] { static_cast<void>(lite_medsam::load(bytes)); });
+    return error_of([&] { static_cast<void>(sam::load(bytes)); });
   };
   CHECK(mentions(changed("/image_size", 1 << 30), {"image_size", "1073741824"}));
   CHECK(mentions(changed("/image_size", "big"), {"image_size"}));
@@ -244,6 +245,73 @@ TEST_CASE("a model file that is no LiteMedSAM says what it lacks") {
   CHECK(mentions(changed("/stages/0/stride", 1), {"masks"}));
   CHECK(mentions(changed("/decoder/heads", 5), {"heads"}));
   CHECK(mentions(changed("/decoder/depth", 0), {"decoder.depth"}));
+}
+
+namespace {
+
+/// The tiny model, whose file is of version 1, as one of version 2, with one value of its
+/// configuration changed.
+std::vector<std::byte> version2(const char* key = nullptr, const nlohmann::json& value = {}) {
+  const std::vector<std::byte> sound = tiny_bytes();
+  std::uint64_t size = 0;
+  std::memcpy(&size, sound.data(), 8);
+  const char* text = reinterpret_cast<const char*>(sound.data()) + 8;
+  file_builder file;
+  file.header = nlohmann::json::parse(text, text + size);
+  file.data.assign(sound.begin() + 8 + static_cast<index_t>(size), sound.end());
+  nlohmann::json& metadata = file.header["__metadata__"];
+  const nlohmann::json old = nlohmann::json::parse(metadata["config"].get<std::string>());
+  nlohmann::json config;
+  config["mask_in_chans"] = old["mask_in_chans"];
+  config["decoder"] = old["decoder"];
+  config["decoder"]["norm_epsilon"] = 1e-5;
+  for (const char* moved : {"image_size", "pixel_channels", "stages", "embed_dim"})
+    config["image_encoder"][moved] = old[moved];
+  config["image_encoder"]["kind"] = "tiny_vit";
+  config["image_encoder"]["stem"] = "pointwise";
+  config["input"] = {{"frame", old["image_size"]},
+                     {"resize", "area"},
+                     {"normalize", "range"},
+                     {"coordinates", "truncated"}};
+  if (key) config[nlohmann::json::json_pointer(key)] = value;
+  metadata["config"] = config.dump();
+  metadata["format_version"] = "2";
+  return file.bytes();
+}
+
+}  // namespace
+
+TEST_CASE("a model file of version 2 is the same model, and says what is wrong with it") {
+  const std::vector<std::byte> same = version2();
+  CHECK(answer_of(sam::load(same)) == answer_of(sam::load(tiny_bytes())));
+
+  const auto refused = [](const char* key, const nlohmann::json& value) {
+    const std::vector<std::byte> bytes = version2(key, value);
+    return error_of([&] { static_cast<void>(sam::load(bytes)); });
+  };
+  CHECK(mentions(refused("/image_encoder/kind", "resnet"),
+                 {"image_encoder.kind", "'resnet'", "tiny_vit"}));
+  CHECK(mentions(refused("/image_encoder/stem", "conical"),
+                 {"image_encoder.stem", "pointwise, strided"}));
+  CHECK(mentions(refused("/image_encoder/stem", "strided"), {"image_size is 52", "16"}));
+  CHECK(mentions(refused("/image_encoder", 3), {"image_encoder"}));
+  CHECK(mentions(refused("/input/frame", 51), {"input.frame", "51", "52"}));
+  CHECK(mentions(refused("/input/frame", 0), {"input.frame"}));
+  CHECK(mentions(refused("/input/frame", nullptr), {"input.frame"}));
+  CHECK(mentions(refused("/input/resize", "nearest"), {"input.resize", "area, antialiased"}));
+  CHECK(mentions(refused("/input/coordinates", 1), {"input.coordinates"}));
+  CHECK(mentions(refused("/input/normalize", "statistics"), {"input.mean"}));
+  nlohmann::json input = {{"frame", 52},
+                          {"resize", "area"},
+                          {"normalize", "statistics"},
+                          {"coordinates", "exact"},
+                          {"mean", {1, 2, 3}},
+                          {"deviation", {1, 0, 1}}};
+  CHECK(mentions(refused("/input", input), {"input.deviation", "[1,0,1]", "3 numbers"}));
+  input["deviation"] = {1, 2, 1};
+  const std::vector<std::byte> good = version2("/input", input);
+  CHECK(sam::load(good).config.input.normalize->deviation[1] == 2);
+  CHECK(mentions(refused("/decoder/norm_epsilon", "1e-5"), {"decoder.norm_epsilon"}));
 }
 
 TEST_CASE("files that cannot be opened") {

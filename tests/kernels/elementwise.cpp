@@ -39,8 +39,8 @@ TEST_CASE("activations are accurate over the whole range, at every length") {
   tensor<float> x(shape{40001});
   for (index_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i - 20000) * 1e-3f;
   tensor<float> y(x.extents());
-  for (const auto act :
-       {kernels::activation::none, kernels::activation::relu, kernels::activation::gelu}) {
+  for (const auto act : {kernels::activation::none, kernels::activation::relu,
+                         kernels::activation::gelu, kernels::activation::gelu_tanh}) {
     kernel.activate(act, x.size(), x.data(), y.data());
     double worst = 0;
     for (index_t i = 0; i < x.size(); ++i)
@@ -73,6 +73,9 @@ TEST_CASE("GELU, sigmoid and softmax give the same bits on every target with fus
   CHECK(hash_of(y) == 1858748642887921687u);
   kernel.softmax(x.size(), x.data());
   CHECK(hash_of(x) == 16038206509763205242u);
+  for (index_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i - 4000) * 0x1p-9f;
+  kernel.activate(kernels::activation::gelu_tanh, x.size(), x.data(), y.data());
+  CHECK(hash_of(y) == 17431382891198653705u);
 }
 
 TEST_CASE("sigmoid") {

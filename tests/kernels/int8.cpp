@@ -230,9 +230,9 @@ TEST_CASE("int8 depthwise 3x3 equals the exact reference bit for bit") {
                                        .scale = scale.data()};
           for (int i = 0; i < 3; ++i)
             if (missing >> i & 1) args.rows[i] = nullptr;
-          kernels::active().depthwise3x3(args);
+          kernels::active().depthwise(args);
           args.out = slow.data();
-          kernels::reference::depthwise3x3_int8(args);
+          kernels::reference::depthwise_int8(args);
           CHECK(max_error(fast, slow) <= tolerance());
         }
 }

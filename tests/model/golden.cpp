@@ -22,8 +22,8 @@ bool has_golden_data() {
 }
 
 /// The model once for all tests, since it takes a while to load.
-const lite_medsam& model() {
-  static const lite_medsam loaded = lite_medsam::load(golden_model());
+const sam& model() {
+  static const sam loaded = sam::load(golden_model());
   return loaded;
 }
 

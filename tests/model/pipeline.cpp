@@ -4,8 +4,8 @@ namespace microtome::tests {
 
 namespace {
 
-const lite_medsam& tiny_model() {
-  static const lite_medsam model = lite_medsam::load(data_file("tiny.safetensors"));
+const sam& tiny_model() {
+  static const sam model = sam::load(data_file("tiny.safetensors"));
   return model;
 }
 
@@ -20,29 +20,29 @@ tensor<std::uint8_t> random_pixels(shape extents, unsigned seed) {
 /// middle up, then from the middle down, masks drawn with the object's number in 8 bits.
 label_map one_by_one(const tensor<std::uint8_t>& volume, std::span<const voxel_box> boxes) {
   session s(tiny_model());
-  const index_t side = tiny_model().config.image_size;
+  const index_t side = tiny_model().encoder.image_size();
   const index_t depth = volume.extent(0), height = volume.extent(1), width = volume.extent(2);
   label_map labels(volume.extents());
   tensor<float> input(shape{side * side, 3});
   const auto mask_of = [&](index_t z, const box& prompt, std::size_t number) {
-    const fitted_image fit = preprocess({volume.row(z), {height, width, 1}}, side, input);
+    const image_fit fit = preprocess({volume.row(z), {height, width, 1}}, tiny_model(), input);
     s.encode(input);
     const decoded_masks masks = s.decode(std::span(&prompt, 1));
     tensor<std::uint8_t> mask(shape{height, width, 1});
-    resize_bilinear({masks.low_res_masks.data(), {side, side}}, fit.scaled_height, fit.scaled_width,
+    resize_bilinear({masks.low_res_masks.data(), {side, side}}, fit.frame_height, fit.frame_width,
                     height, width, 0, height, [&](index_t y, index_t x, float v) {
                       if (v > 0) mask[y * width + x] = static_cast<std::uint8_t>(number);
                     });
     return mask;
   };
-  const fitted_image fit = fitted_image::of(height, width, side);
+  const image_fit fit = image_fit::of(height, width, tiny_model());
   const auto next = [&](const tensor<std::uint8_t>& mask, const box& original) {
-    const auto small = resize_area(mask, fit.scaled_height, fit.scaled_width);
+    const auto small = resize_area(mask, fit.frame_height, fit.frame_width);
     index_t x0 = side, y0 = side, x1 = -1, y1 = -1;
     for (index_t i = 0; i < small.size(); ++i)
       if (small[i]) {
-        x0 = std::min(x0, i % fit.scaled_width), x1 = std::max(x1, i % fit.scaled_width);
-        y0 = std::min(y0, i / fit.scaled_width), y1 = std::max(y1, i / fit.scaled_width);
+        x0 = std::min(x0, i % fit.frame_width), x1 = std::max(x1, i % fit.frame_width);
+        y0 = std::min(y0, i / fit.frame_width), y1 = std::max(y1, i / fit.frame_width);
       }
     if (x1 < 0) return original;
     return box{static_cast<float>(std::max<index_t>(0, x0 - 3)),
@@ -52,7 +52,7 @@ label_map one_by_one(const tensor<std::uint8_t>& volume, std::span<const voxel_b
   };
   for (std::size_t i = 0; i < boxes.size(); ++i) {
     const voxel_box& b = boxes[i];
-    const box original = fit.to_input({b.x0, b.y0, b.x1, b.y1});
+    const box original = fit.to_frame({b.x0, b.y0, b.x1, b.y1});
     const index_t last = std::min(b.z1, depth - 1), middle = (b.z0 + b.z1) / 2;
     label_map mine(volume.extents());
     const auto keep = [&](index_t z, const tensor<std::uint8_t>& mask) {
@@ -164,16 +164,16 @@ TEST_CASE("boxes as thin as a line, and boxes that reach outside, are objects") 
   session s(tiny_model());
   const tensor<std::uint8_t> image = random_pixels({60, 80, 3}, 1);
   tensor<float> input(shape{52 * 52, 3});
-  const fitted_image fit = preprocess(image, 52, input);
+  const image_fit fit = preprocess(image, tiny_model(), input);
   for (const pixel_box b : {pixel_box{30, 10, 30, 50}, pixel_box{12, 9, 12, 9},
                             pixel_box{-1, 10, 40, 20}, pixel_box{5, 10, 81, 61}}) {
     CAPTURE(b.x0);
     const label_map labels = segment(s, image, std::span(&b, 1));
     s.encode(input);
-    const box prompt = fit.to_input(b);
+    const box prompt = fit.to_frame(b);
     const decoded_masks masks = s.decode(std::span(&prompt, 1));
     resize_bilinear(
-        {masks.low_res_masks.data(), {52, 52}}, fit.scaled_height, fit.scaled_width, 60, 80, 0, 60,
+        {masks.low_res_masks.data(), {52, 52}}, fit.frame_height, fit.frame_width, 60, 80, 0, 60,
         [&](index_t y, index_t x, float v) { CHECK(labels[y * 80 + x] == (v > 0 ? 1 : 0)); });
   }
 }
@@ -225,16 +225,16 @@ TEST_CASE("preprocessing: longest side fitted, minimum to maximum, zeros beyond"
   tensor<std::uint8_t> image(shape{26, 13, 1});
   for (index_t i = 0; i < image.size(); ++i) image[i] = static_cast<std::uint8_t>(50 + i % 100);
   tensor<float> input(shape{52 * 52, 3});
-  const fitted_image fit = preprocess(image, 52, input);
-  CHECK(fit.scaled_height == 52);
-  CHECK(fit.scaled_width == 26);
+  const image_fit fit = preprocess(image, tiny_model(), input);
+  CHECK(fit.frame_height == 52);
+  CHECK(fit.frame_width == 26);
   CHECK(*std::min_element(input.begin(), input.end()) == 0.0f);
   CHECK(*std::max_element(input.begin(), input.end()) == 1.0f);
   for (index_t p = 0; p < 52 * 52; ++p) {
     CHECK(input[3 * p] == input[3 * p + 2]);
     if (p % 52 >= 26) CHECK(input[3 * p] == 0.0f);
   }
-  const box b = fitted_image::of(2604, 1726, 256).to_input({131, 1532, 475, 1895});
+  const box b = image_fit::of(2604, 1726, 256, {.frame = 256}).to_frame({131, 1532, 475, 1895});
   CHECK(b.x0 == 12);
   CHECK(b.y0 == 150);
   CHECK(b.x1 == 46);

@@ -12,7 +12,7 @@ namespace {
 activation_ranges calibrate(observer_kind kind, int threads = 2) {
   const safetensors file(tiny_path());
   calibrator watching;
-  const lite_medsam model(file, {.hook = &watching});
+  const sam model(file, {.hook = &watching});
   session s(model, {.threads = threads});
   const box boxes[] = {{3, 4, 40, 30}, {1, 1, 20, 50}};
   const auto see = [&](float brightness) {
@@ -30,11 +30,11 @@ activation_ranges calibrate(observer_kind kind, int threads = 2) {
   return watching.ranges(kind, file.fingerprint());
 }
 
-lite_medsam quantized(const std::string& rules, const activation_ranges& ranges,
-                      const std::filesystem::path& written = {}) {
+sam quantized(const std::string& rules, const activation_ranges& ranges,
+              const std::filesystem::path& written = {}) {
   const safetensors file(tiny_path());
   model_quantizer hook{scheme(rules), &ranges};
-  lite_medsam model(file, {.hook = &hook});
+  sam model(file, {.hook = &hook});
   if (!written.empty()) hook.write(file, written);
   return model;
 }
@@ -49,20 +49,20 @@ TEST_CASE("a quantised file gives what quantising at load gives, and what its si
     CAPTURE(rules);
     const temporary_file written;
     const answer direct = answer_of(quantized(rules, ranges, written.path));
-    CHECK(answer_of(lite_medsam::load(written.path)) == direct);
-    CHECK(answer_of(lite_medsam::load(written.path), 1) == direct);
-    CHECK(answer_of(lite_medsam::load(written.path), 3) == direct);
+    CHECK(answer_of(sam::load(written.path)) == direct);
+    CHECK(answer_of(sam::load(written.path), 1) == direct);
+    CHECK(answer_of(sam::load(written.path), 3) == direct);
     if (!has_fma()) {  // the simulation rounds once
       skip_without_fma();
       continue;
     }
     int8_simulation simulated;
-    CHECK(answer_of(lite_medsam::load(written.path, {.hook = &simulated})) == direct);
+    CHECK(answer_of(sam::load(written.path, {.hook = &simulated})) == direct);
   }
 }
 
 TEST_CASE("8 bits stay near fp32, and are not fp32") {
-  const answer exact = answer_of(lite_medsam::load(tiny_path()));
+  const answer exact = answer_of(sam::load(tiny_path()));
   const activation_ranges ranges = calibrate(observer_kind::mse);
   const auto error = [&](const char* rules) {
     return max_error(answer_of(quantized(rules, ranges)).embedding, exact.embedding) /
@@ -220,7 +220,7 @@ TEST_CASE("layers that no case reached keep their products in fp32") {
   REQUIRE(ranges.layers.erase(name) == 1);
   const safetensors file(tiny_path());
   model_quantizer hook{scheme("full"), &ranges};
-  static_cast<void>(lite_medsam(file, {.hook = &hook}));
+  static_cast<void>(sam(file, {.hook = &hook}));
   int found = 0;
   for (const layer_weight& layer : hook.layers())
     if (layer.name == name) {
@@ -236,11 +236,11 @@ TEST_CASE("quantising what is quantised, and int8 without ranges, are refused") 
   static_cast<void>(quantized("full", ranges, written.path));
   const safetensors again(written.path);
   model_quantizer hook{scheme("full"), &ranges};
-  CHECK(mentions(error_of([&] { static_cast<void>(lite_medsam(again, {.hook = &hook})); }),
+  CHECK(mentions(error_of([&] { static_cast<void>(sam(again, {.hook = &hook})); }),
                  {"8 bits already"}));
   const safetensors file(tiny_path());
   model_quantizer blind{scheme("full"), nullptr};
-  CHECK(mentions(error_of([&] { static_cast<void>(lite_medsam(file, {.hook = &blind})); }),
+  CHECK(mentions(error_of([&] { static_cast<void>(sam(file, {.hook = &blind})); }),
                  {"needs ranges"}));
 }
 

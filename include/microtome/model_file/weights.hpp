@@ -168,11 +168,14 @@ public:
   static constexpr float least_scale = 1e-20f;
 
   weights(const safetensors& file, precision inputs = precision::fp32, layer_hook* hook = nullptr,
-          sparsity zeros = sparsity::automatic)
-      : file_(&file), inputs_(inputs), hook_(hook), zeros_(zeros) {}
+          sparsity zeros = sparsity::automatic, bool winograd = true)
+      : file_(&file), inputs_(inputs), hook_(hook), zeros_(zeros), winograd_(winograd) {}
+
+  /// Whether convolutions may take Winograd's algorithm.
+  bool winograd() const { return winograd_; }
 
   /// The same weights for layers that stay in fp32.
-  weights kept() const { return weights(*file_, precision::fp32, nullptr, zeros_); }
+  weights kept() const { return weights(*file_, precision::fp32, nullptr, zeros_, winograd_); }
 
   /// The same weights for layers that multiply about so many rows at a time.
   weights of_rows(index_t n) const {
@@ -193,10 +196,10 @@ public:
     return load(name, expected, out_axis, false);
   }
 
-  /// That of a depthwise 3x3 convolution, (channels, 1, 3, 3). It never mixes channels, so that
+  /// That of a depthwise convolution, (channels, 1, side, side). It never mixes channels, so that
   /// each may have a range of its own at no cost: its scale goes into that of the output channel.
-  layer_weight depthwise(const std::string& name, index_t channels) const {
-    return load(name, {channels, 1, 3, 3}, 0, false, true);
+  layer_weight depthwise(const std::string& name, index_t channels, index_t side) const {
+    return load(name, {channels, 1, side, side}, 0, false, true);
   }
 
   /// The same in fp32, for a layer that is multiplied into others.
@@ -266,6 +269,7 @@ private:
   precision inputs_;
   layer_hook* hook_;
   sparsity zeros_;
+  bool winograd_;
   index_t rows_ = token_block;
 };
 

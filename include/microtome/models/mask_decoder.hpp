@@ -54,7 +54,7 @@ class mask_decoder {
   inline static const std::string name_ = "mask_decoder";
 
 public:
-  mask_decoder(const weights& file, const lite_medsam_config& config)
+  mask_decoder(const weights& file, const sam_config& config)
       : transformer(file, name_ + ".transformer", config),
         upscale1(file, name_ + ".output_upscaling.0", config.embed_dim, config.embed_dim / 4),
         upscale_norm(file, name_ + ".output_upscaling.1", config.embed_dim / 4, 1e-6f),
@@ -62,7 +62,7 @@ public:
         iou_head(file, name_ + ".iou_prediction_head", config.embed_dim, config.decoder.iou_hidden,
                  config.decoder.multimask_outputs + 1, config.decoder.iou_depth),
         mask_tokens_(config.decoder.multimask_outputs + 1),
-        side_(config.embedding_size()) {
+        side_(config.embedding_size) {
     const index_t dim = config.embed_dim;
     output_tokens_ = tensor<float>(shape{mask_tokens_ + 1, dim});
     const tensor<float> iou = file.read(name_ + ".iou_token.weight", {1, dim});

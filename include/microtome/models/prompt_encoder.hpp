@@ -9,18 +9,19 @@
 #include <string>
 #include <vector>
 
-#include <microtome/model_file/config.hpp>
+#include <microtome/models/sam_config.hpp>
 #include <microtome/ops/convolution.hpp>
 #include <microtome/ops/layer_norm.hpp>
 
 namespace microtome {
 
-/// A box prompt in pixels of the model's square input.
+/// A box prompt in pixels of the prompts' frame, see input_policy.
 struct box {
   float x0 = 0, y0 = 0, x1 = 0, y1 = 0;
 };
 
-/// A click in pixels of the model's square input; label 1 is inside the object, 0 outside.
+/// A click in pixels of the prompts' frame, see input_policy; label 1 is inside the object, 0
+/// outside.
 struct point {
   float x = 0, y = 0;
   int label = 1;
@@ -30,8 +31,8 @@ struct point {
 /// tokens, a mask becomes a dense map that is added to the image embedding.
 class prompt_encoder {
 public:
-  prompt_encoder(const weights& file, const lite_medsam_config& config)
-      : image_size_(static_cast<float>(config.image_size)),
+  prompt_encoder(const weights& file, const sam_config& config)
+      : frame_(static_cast<float>(config.input.frame)),
         mask_side_(config.mask_size()),
         gaussian_(file.read(name_ + ".pe_layer.positional_encoding_gaussian_matrix",
                             {2, config.embed_dim / 2})),
@@ -47,7 +48,7 @@ public:
     for (int i = 0; i < 4; ++i)
       points_[static_cast<std::size_t>(i)] = file.read(
           name_ + ".point_embeddings." + std::to_string(i) + ".weight", {1, config.embed_dim});
-    const index_t side = config.embedding_size();
+    const index_t side = config.embedding_size;
     dense_position_ = tensor<float>(shape{side * side, config.embed_dim});
     for (index_t y = 0; y < side; ++y)
       for (index_t x = 0; x < side; ++x)
@@ -126,12 +127,12 @@ private:
 
   /// The centre of pixel (x, y), marked as a corner or point by adding `kind`.
   void encode_corner(float x, float y, const tensor<float>& kind, float* out) const {
-    encode_position((x + 0.5f) / image_size_, (y + 0.5f) / image_size_, out);
+    encode_position((x + 0.5f) / frame_, (y + 0.5f) / frame_, out);
     for (index_t i = 0; i < embed_dim(); ++i) out[i] += kind[i];
   }
 
   inline static const std::string name_ = "prompt_encoder";
-  float image_size_;
+  float frame_;
   index_t mask_side_;
   tensor<float> gaussian_;               // (2, embed_dim / 2)
   std::array<tensor<float>, 4> points_;  // outside, inside, top left corner, bottom right corner

@@ -324,7 +324,7 @@ public:
 
   /// In the first layer the pixels' queries come from shared_image.
   image_to_token_attention(const weights& file, const std::string& name, const std::string& norm,
-                           index_t dim, index_t inner, index_t heads, bool first)
+                           index_t dim, index_t inner, index_t heads, float epsilon, bool first)
       : heads_(heads),
         k_proj_(file.of_tokens(), name + ".k_proj", dim, inner),
         v_proj_(file.of_tokens(), name + ".v_proj", dim, inner),
@@ -332,7 +332,7 @@ public:
         fold_values_(
             head_projections::out_of(file.folded(name + ".out_proj", {dim, inner}), heads)),
         out_bias_(file.read(name + ".out_proj.bias", {dim})),
-        norm_(file, norm, dim) {
+        norm_(file, norm, dim, epsilon) {
     if (first) {
       q_proj_.emplace(file, name + ".q_proj", dim, inner);
     } else {

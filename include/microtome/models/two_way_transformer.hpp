@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include <microtome/model_file/config.hpp>
+#include <microtome/models/sam_config.hpp>
 #include <microtome/models/two_way_attention.hpp>
 
 namespace microtome {
@@ -18,25 +18,25 @@ class two_way_layer {
 public:
   /// The first layer has no position encoding and no residual in its self-attention: its queries
   /// are their own position encoding.
-  two_way_layer(const weights& file, const std::string& name, const lite_medsam_config& config,
-                bool first)
+  two_way_layer(const weights& file, const std::string& name, const sam_config& config, bool first)
       : first_(first) {
     const index_t dim = config.embed_dim;
     const index_t heads = config.decoder.heads;
     const index_t inner = dim / config.decoder.attention_downsample;
+    const float epsilon = config.decoder.norm_epsilon;
     self_attention = cross_attention(file.of_tokens(), name + ".self_attn", dim, dim, heads);
-    norm1 = layer_norm(file, name + ".norm1", dim);
+    norm1 = layer_norm(file, name + ".norm1", dim, epsilon);
     const std::string to_image = name + ".cross_attn_token_to_image";
     if (first)
       look_at_shared_image.emplace(file, to_image, dim, inner, heads);
     else
       token_to_image.emplace(file, to_image, dim, inner, heads);
-    norm2 = layer_norm(file, name + ".norm2", dim);
+    norm2 = layer_norm(file, name + ".norm2", dim, epsilon);
     lin1 = linear(file.of_tokens(), name + ".mlp.lin1", dim, config.decoder.mlp_dim);
     lin2 = linear(file.of_tokens(), name + ".mlp.lin2", config.decoder.mlp_dim, dim);
-    norm3 = layer_norm(file, name + ".norm3", dim);
+    norm3 = layer_norm(file, name + ".norm3", dim, epsilon);
     image_to_token = image_to_token_attention(file, name + ".cross_attn_image_to_token",
-                                              name + ".norm4", dim, inner, heads, first);
+                                              name + ".norm4", dim, inner, heads, epsilon, first);
   }
 
   void operator()(workspace& ws, two_way_state& s) const {
@@ -108,14 +108,14 @@ private:
 /// SAM's two-way transformer: its layers, then a last look of the tokens at the image.
 class two_way_transformer {
 public:
-  two_way_transformer(const weights& file, const std::string& name,
-                      const lite_medsam_config& config) {
+  two_way_transformer(const weights& file, const std::string& name, const sam_config& config) {
     for (index_t i = 0; i < config.decoder.depth; ++i)
       layers.emplace_back(file, name + ".layers." + std::to_string(i), config, i == 0);
     final_attention = token_to_image_attention(
         file, name + ".final_attn_token_to_image", config.embed_dim,
         config.embed_dim / config.decoder.attention_downsample, config.decoder.heads);
-    final_norm = layer_norm(file, name + ".norm_final_attn", config.embed_dim);
+    final_norm =
+        layer_norm(file, name + ".norm_final_attn", config.embed_dim, config.decoder.norm_epsilon);
   }
 
   index_t inner() const { return final_attention.inner(); }

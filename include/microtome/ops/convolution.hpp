@@ -6,6 +6,7 @@
 
 #include <microtome/ops/depthwise.hpp>
 #include <microtome/ops/linear.hpp>
+#include <microtome/ops/winograd.hpp>
 
 namespace microtome {
 
@@ -26,45 +27,92 @@ inline packed_weight pack_taps(const layer_weight& layer) {
 
 }  // namespace detail
 
-/// Dense 3x3 convolution with padding 1 and no bias, over token-major pixels: a GEMM whose rows are
-/// read nine times, once per tap, where they lie (a row of zeros outside the map).
+/// Dense 3x3 convolution with padding 1 over token-major pixels: a GEMM whose rows are read nine
+/// times, once per tap, where they lie (a row of zeros outside the map). With stride 1, where the
+/// arithmetic allows, by Winograd's algorithm.
 class convolution3x3 {
 public:
   convolution3x3() = default;
 
-  /// Reads `<name>.weight` (out, in, 3, 3).
-  convolution3x3(const weights& file, const std::string& name, index_t in, index_t out)
-      : in_(in), zeros_(shape{in}) {
-    weight_ = detail::pack_taps(file.layer(name, {out, in, 3, 3}));
+  /// Reads `<name>.weight` (out, in, 3, 3), and `<name>.bias` (out) where `with_bias` says so.
+  convolution3x3(const weights& file, const std::string& name, index_t in, index_t out,
+                 index_t stride = 1, bool with_bias = false)
+      : in_(in), out_(out), stride_(stride), zeros_(shape{in}) {
+    const layer_weight layer = file.layer(name, {out, in, 3, 3});
+    if (stride == 1 && file.winograd() && winograd3x3::suits(layer))
+      winograd_ = winograd3x3(layer);
+    else
+      weight_ = detail::pack_taps(layer);
+    if (with_bias) bias_ = file.read(name + ".bias", {out});
   }
 
-  index_t out() const { return weight_.width(); }
+  index_t in() const { return in_; }
+  index_t out() const { return out_; }
+  index_t stride() const { return stride_; }
+  /// Multiply-adds per pixel of the result.
+  index_t macs() const { return 9 * in_ * out_; }
 
-  /// x is (size.tokens(), in), result is (size.tokens(), out) and not x.
-  void operator()(workspace& ws, map_size size, view<const float> x, view<float> result) const {
-    const index_t tokens = size.tokens();
+  /// Arena floats for up to `rows` rows of the result of a map of this size.
+  index_t memory(map_size size, index_t rows) const {
+    return winograd_.empty() ? 0 : winograd_.memory(rows, size.width);
+  }
+  index_t memory(map_size size) const { return memory(size, size.strided(stride_).height); }
+
+  /// x is (size.tokens(), in), result is (size.strided(stride).tokens(), out) and not x.
+  /// `residual`, where given, is like the result, and may be it.
+  void operator()(workspace& ws, map_size size, view<const float> x, view<float> result,
+                  activation act = activation::none, const float* residual = nullptr) const {
+    rows(ws, size, x, 0, size.strided(stride_).height, result.data(), act, residual);
+  }
+
+  /// `count` rows of the result's map, from row y on, to dense rows at `result`; `residual` are
+  /// rows like those.
+  void rows(workspace& ws, map_size size, view<const float> x, index_t y, index_t count,
+            float* result, activation act = activation::none,
+            const float* residual = nullptr) const {
+    if (!winograd_.empty())
+      return winograd_.rows(ws, size, x.data(), y, count, result, bias_.data(), act, residual);
+    const index_t width = size.strided(stride_).width;
+    const index_t tokens = count * width;
     ws.parallel(block_count(tokens), [&](index_t block, scratch) {
       const index_t start = block * token_block;
-      const index_t count = std::min(token_block, tokens - start);
-      std::array<const float*, 9 * token_block> taps;
-      for (index_t tap = 0; tap < 9; ++tap)
-        for (index_t i = 0; i < count; ++i) {
-          const index_t y = (start + i) / size.width + tap / 3 - 1;
-          const index_t column = (start + i) % size.width + tap % 3 - 1;
-          const bool inside = y >= 0 && y < size.height && column >= 0 && column < size.width;
-          taps[static_cast<std::size_t>(tap * count + i)] =
-              inside ? x.row(y * size.width + column) : zeros_.data();
-        }
-      const row_pointers<float> c(result.row(start), out(), count);
-      weight_.multiply(
-          {.m = count, .n = out(), .k = in_, .taps = 9, .a = taps.data(), .c = c.data()});
+      pixels(size, x, y * width + start, std::min(token_block, tokens - start),
+             result + start * out_, act, residual ? residual + start * out_ : nullptr);
     });
   }
 
 private:
-  index_t in_ = 0;
+  /// Serial: `count` pixels of the result, from number `start` on.
+  void pixels(map_size size, view<const float> x, index_t start, index_t count, float* result,
+              activation act, const float* residual) const {
+    const index_t width = size.strided(stride_).width;
+    std::array<const float*, 9 * max_rows> taps;
+    for (index_t tap = 0; tap < 9; ++tap)
+      for (index_t i = 0; i < count; ++i) {
+        const index_t y = (start + i) / width * stride_ + tap / 3 - 1;
+        const index_t column = (start + i) % width * stride_ + tap % 3 - 1;
+        const bool inside = y >= 0 && y < size.height && column >= 0 && column < size.width;
+        taps[static_cast<std::size_t>(tap * count + i)] =
+            inside ? x.row(y * size.width + column) : zeros_.data();
+      }
+    const row_pointers<float> c(result, out_, count);
+    const row_pointers<const float> r(residual, residual ? out_ : 0, count);
+    weight_.multiply({.m = count,
+                      .n = out_,
+                      .k = in_,
+                      .taps = 9,
+                      .a = taps.data(),
+                      .c = c.data(),
+                      .bias = bias_.data(),
+                      .residual = residual ? r.data() : nullptr,
+                      .act = act});
+  }
+
+  index_t in_ = 0, out_ = 0, stride_ = 1;
   tensor<float> zeros_;
   packed_weight weight_;
+  winograd3x3 winograd_;
+  tensor<float> bias_;
 };
 
 /// 2x2 convolution of stride 2 over token-major pixels, with bias: four taps, no overlap.

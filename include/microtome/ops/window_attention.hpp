@@ -12,15 +12,9 @@
 #include <microtome/ops/depthwise.hpp>
 #include <microtome/ops/layer_norm.hpp>
 #include <microtome/ops/linear.hpp>
+#include <microtome/ops/padding.hpp>
 
 namespace microtome {
-
-/// What the windows at the right and bottom borders of a map do about the tokens they lack.
-enum class padding {
-  exact,    ///< as if the map were padded with zeros to whole windows, as TinyViT is trained
-  dropped,  ///< attend among the tokens that exist, as nested tensors do
-  padded    ///< the same as exact, by computing the padding: to compare with
-};
 
 /// Multi-head attention within non-overlapping windows, with learned relative position biases
 /// (Wu et al., TinyViT, 2022): LayerNorm, QKV, attention, projection, residual.

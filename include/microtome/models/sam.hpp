@@ -8,9 +8,10 @@
 #include <span>
 
 #include <microtome/model_file/config.hpp>
+#include <microtome/models/image_encoder.hpp>
 #include <microtome/models/mask_decoder.hpp>
 #include <microtome/models/prompt_encoder.hpp>
-#include <microtome/models/tiny_vit.hpp>
+#include <microtome/models/sam_config.hpp>
 
 namespace microtome {
 
@@ -21,47 +22,58 @@ struct load_options {
   precision inputs = precision::fp32;
   layer_hook* hook = nullptr;  ///< sees and changes every layer; not kept
   sparsity zeros = sparsity::automatic;
+  bool winograd = true;  ///< see winograd3x3; without it convolutions are plain sums
 };
 
-/// LiteMedSAM (Ma et al., Segment Anything in Medical Images, 2024): an image is encoded once, then
-/// any number of prompts are decoded on it.
+/// A promptable model of the family of Segment Anything (Kirillov et al., 2023): an image is
+/// encoded once, then any number of prompts are decoded on it. The model file says which image
+/// encoder it has, and how an image becomes its input.
 ///
-///     image (256 x 256, 3) --encoder--> embedding (64 x 64, 256) --.
-///     boxes, points, mask  --prompts--> tokens, dense embedding ----+--decoder--> masks (256 x
-///     256)
+///     image (side x side, 3) --encoder--> embedding (64 x 64, 256) --.
+///     boxes, points, mask    --prompts--> tokens, dense embedding ----+--decoder--> masks
+///                                                                         (256 x 256)
+///
+/// LiteMedSAM (Ma et al., Segment Anything in Medical Images, 2024) and MobileSAM (Zhang et al.,
+/// 2023) have a TinyViT.
 ///
 /// The weights, packed for this machine's kernels. Immutable: any number of sessions share it.
-class lite_medsam {
+class sam {
 public:
   /// Reads and packs a model file that converters/convert.py wrote. Throws `error` naming the file
   /// and the tensor where anything in it is not as expected.
-  static lite_medsam load(const std::filesystem::path& path, load_options options = {}) {
-    return lite_medsam(safetensors(path), options);
+  static sam load(const std::filesystem::path& path, load_options options = {}) {
+    return sam(safetensors(path), options);
   }
 
   /// The same from memory, which is not needed afterwards.
-  static lite_medsam load(std::span<const std::byte> bytes, load_options options = {}) {
-    return lite_medsam(safetensors(bytes), options);
+  static sam load(std::span<const std::byte> bytes, load_options options = {}) {
+    return sam(safetensors(bytes), options);
   }
 
-  lite_medsam(const safetensors& file, load_options options)
-      : config(lite_medsam_config::from(file)),
-        inputs(options.inputs),
-        image_encoder(weights_of(file, options), config, options.windows),
-        prompts(weights_of(file, options), config),
-        decoder(weights_of(file, options), config) {}
+  sam(const safetensors& file, load_options options)
+      : sam(file, model_config(file).reader(), options) {}
 
-  const lite_medsam_config config;
   const precision inputs;
-  const tiny_vit image_encoder;
+  const image_encoder encoder;
+  const sam_config config;
   const prompt_encoder prompts;
   const mask_decoder decoder;
 
 private:
+  sam(const safetensors& file, const config_reader& json, const load_options& options)
+      : inputs(options.inputs),
+        encoder(weights_of(file, options), json.object("image_encoder"), options.windows),
+        config(sam_config::from(json, encoder)),
+        prompts(weights_of(file, options), config),
+        decoder(weights_of(file, options), config) {}
+
   static weights weights_of(const safetensors& file, const load_options& options) {
-    return weights(file, options.inputs, options.hook, options.zeros);
+    return weights(file, options.inputs, options.hook, options.zeros, options.winograd);
   }
 };
+
+/// The name it has had as long as LiteMedSAM was the only model.
+using lite_medsam = sam;
 
 struct session_options {
   int threads = 0;  ///< 0: all that OpenMP would use
@@ -72,30 +84,28 @@ struct session_options {
 class session {
 public:
   /// `model` must outlive the session.
-  explicit session(const lite_medsam& model, session_options options = {})
+  explicit session(const sam& model, session_options options = {})
       : model_(model),
         ws_(options.threads, arena_floats(model), scratch_bytes(model)),
-        embedding_(shape{model.image_encoder.embedding_size().tokens(), model.config.embed_dim}),
+        embedding_(shape{model.encoder.embedding_size().tokens(), model.config.embed_dim}),
         dense_(embedding_.extents()) {}
 
   session(session&&) = default;
   session(const session&) = delete;  // a copy's views would be of the original's memory
 
-  const lite_medsam& model() const { return model_; }
+  const sam& model() const { return model_; }
   int threads() const { return ws_.threads(); }
 
   /// Sends intermediate results to `trace` from now on; null ends it. Tracing computes some of them
   /// apart and is slow.
   void set_tracer(tracer* trace) { ws_.trace = trace; }
 
-  /// Encodes an image (image_size * image_size, 3), channels last, in [0, 1].
+  /// Encodes an image (image_size * image_size, 3), channels last, as `preprocess` makes it.
   void encode(view<const float> image) {
-    const index_t side = model_.config.image_size;
-    if (image.size() != side * side * model_.config.pixel_channels)
-      fail("encode: the image has ", image.size(), " values, expected ", side, " x ", side, " x ",
-           model_.config.pixel_channels);
-    model_.image_encoder(ws_, {image.data(), {side * side, model_.config.pixel_channels}},
-                         embedding_);
+    const index_t side = model_.encoder.image_size();
+    if (image.size() != side * side * 3)
+      fail("encode: the image has ", image.size(), " values, expected ", side, " x ", side, " x 3");
+    model_.encoder(ws_, {image.data(), {side * side, 3}}, embedding_);
     use_no_mask();
   }
 
@@ -170,20 +180,20 @@ private:
   /// need no more memory than the encoder.
   static constexpr index_t batch = 4;
 
-  static index_t arena_floats(const lite_medsam& model) {
+  static index_t arena_floats(const sam& model) {
     const index_t dim = model.config.embed_dim;
-    const index_t tokens = model.image_encoder.embedding_size().tokens();
+    const index_t tokens = model.encoder.embedding_size().tokens();
     const index_t boxes = arena::rounded(batch * prompt_encoder::box_tokens * dim) +
                           model.decoder.memory(batch, prompt_encoder::box_tokens, dim);
     const index_t clicks =
         arena::rounded((max_points + 2) * dim) + arena::rounded(tokens * dim) +
         arena::rounded(model.decoder.prepared_floats()) +
         std::max(model.prompts.memory(), model.decoder.memory(1, max_points + 2, dim));
-    return std::max({model.image_encoder.memory(), boxes, clicks});
+    return std::max({model.encoder.memory(), boxes, clicks});
   }
-  static std::size_t scratch_bytes(const lite_medsam& model) {
+  static std::size_t scratch_bytes(const sam& model) {
     const index_t dim = model.config.embed_dim;
-    return std::max({model.image_encoder.scratch_bytes(),
+    return std::max({model.encoder.scratch_bytes(),
                      model.decoder.scratch_bytes(batch, prompt_encoder::box_tokens, dim),
                      model.decoder.scratch_bytes(1, max_points + 2, dim)});
   }
@@ -214,7 +224,7 @@ private:
             {iou_predictions_.data(), {prompts, masks}}};
   }
 
-  const lite_medsam& model_;
+  const sam& model_;
   workspace ws_;
   tensor<float> embedding_;
   tensor<float> dense_;

@@ -1,0 +1,157 @@
+#pragma once
+
+#include <kernels/macros_off.hpp>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <vector>
+
+#include <microtome/ops/depthwise.hpp>
+#include <microtome/ops/linear.hpp>
+
+namespace microtome {
+
+/// A dense 3x3 convolution of stride 1 with padding 1 by Winograd's F(4 x 4, 3 x 3): 36 products
+/// where the sums of 4 x 4 pixels take 144. See kernels::winograd_input_args.
+///
+/// A band of rows of tiles goes through three steps, each shared out over all threads: tiles are
+/// transformed, multiplied (one matrix product for each of the 36 places in a tile, whose weights
+/// stay in L2 for all tiles), and transformed back.
+class winograd3x3 {
+public:
+  winograd3x3() = default;
+
+  /// Transforms the weights of `layer`, (out, in, 3, 3), in double precision.
+  explicit winograd3x3(const layer_weight& layer)
+      : in_(layer.values.extent(1)), out_(layer.values.extent(0)), zeros_(shape{in_}) {
+    constexpr double g[6][3] = {{1.0 / 4, 0, 0},
+                                {-1.0 / 6, -1.0 / 6, -1.0 / 6},
+                                {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                                {1.0 / 24, 1.0 / 12, 1.0 / 6},
+                                {1.0 / 24, -1.0 / 12, 1.0 / 6},
+                                {0, 0, 1}};
+    tensor<float> place(shape{in_, out_});
+    for (index_t i = 0; i < tile * tile; ++i) {
+      double share[9];
+      for (index_t tap = 0; tap < 9; ++tap)
+        share[tap] = g[i / tile][tap / 3] * g[i % tile][tap % 3];
+      for (index_t o = 0; o < out_; ++o)
+        for (index_t c = 0; c < in_; ++c) {
+          const float* taps = layer.values.data() + (o * in_ + c) * 9;
+          double sum = 0;
+          for (index_t tap = 0; tap < 9; ++tap) sum += share[tap] * double{taps[tap]};
+          place[c * out_ + o] = static_cast<float>(sum);
+        }
+      weights_.emplace_back(layer, 1, in_, out_, place.data(), out_, 1);
+    }
+  }
+
+  /// Whether it is used for a layer: where its error is small against what the layer's factors are
+  /// rounded to, and where products are most of the work.
+  static bool suits(const layer_weight& layer) {
+    return !layer.quantized() && !layer.sparse && !layer.observer && !layer.simulated &&
+           layer.inputs == precision::fp32 && layer.values.extent(0) >= least_channels &&
+           layer.values.extent(1) >= least_channels;
+  }
+
+  bool empty() const { return weights_.empty(); }
+  index_t out() const { return out_; }
+
+  /// Arena floats for up to `rows` rows of a map of this width.
+  index_t memory(index_t rows, index_t width) const {
+    const index_t n = tiles_down(std::min(rows, band_rows(width))) * tiles_down(width);
+    return arena::rounded(places * n * in_) + arena::rounded(places * n * out_);
+  }
+
+  /// Rows y0 to y0 + count - 1 of the result, of x (size.tokens(), in), to dense rows at `result`.
+  /// `bias` (out) may be null; `residual`, where given, are rows like the result's, and may be
+  /// them.
+  void rows(workspace& ws, map_size size, const float* x, index_t y0, index_t count, float* result,
+            const float* bias, activation act, const float* residual) const {
+    const index_t band = band_rows(size.width);
+    for (index_t start = 0; start < count; start += band) {
+      const index_t skip = start * size.width * out_;
+      one_band(ws, size, x, y0 + start, std::min(band, count - start), result + skip, bias, act,
+               residual ? residual + skip : nullptr);
+    }
+  }
+
+private:
+  static constexpr index_t tile = 6, step = 4, places = tile * tile;
+  static constexpr index_t least_channels = 16;
+
+  static index_t tiles_down(index_t n) { return (n + step - 1) / step; }
+
+  /// Rows of pixels whose tiles take about 12 MB, transformed and multiplied.
+  index_t band_rows(index_t width) const {
+    const index_t row = places * tiles_down(width) * (in_ + out_);
+    return std::max<index_t>(1, (3 << 20) / row) * step;
+  }
+
+  void one_band(workspace& ws, map_size size, const float* x, index_t y0, index_t count,
+                float* result, const float* bias, activation act, const float* residual) const {
+    const index_t across = tiles_down(size.width), tiles = across * tiles_down(count);
+    frame memory(ws.memory());
+    const view<float> inputs = memory.take({places, tiles * in_});
+    const view<float> products = memory.take({places, tiles * out_});
+    const kernels::table& kernel = kernels::active();
+
+    constexpr index_t at_once = 8;
+    const index_t groups = (tiles + at_once - 1) / at_once;
+    ws.parallel(groups, [&](index_t group, scratch) {
+      for (index_t t = group * at_once; t < std::min(tiles, (group + 1) * at_once); ++t) {
+        const index_t y = y0 + t / across * step - 1, column = t % across * step - 1;
+        std::array<const float*, places> pixels;
+        for (index_t i = 0; i < places; ++i) {
+          const index_t py = y + i / tile, px = column + i % tile;
+          const bool inside = py >= 0 && py < size.height && px >= 0 && px < size.width;
+          pixels[static_cast<std::size_t>(i)] =
+              inside ? x + (py * size.width + px) * in_ : zeros_.data();
+        }
+        kernel.winograd_input({.channels = in_,
+                               .x = pixels.data(),
+                               .out = inputs.data() + t * in_,
+                               .out_stride = tiles * in_});
+      }
+    });
+    const index_t blocks = block_count(tiles);
+    ws.parallel(places * blocks, [&](index_t task, scratch) {
+      const index_t place = task / blocks, first = task % blocks * token_block;
+      const index_t n = std::min(token_block, tiles - first);
+      const row_pointers<const float> a(inputs.row(place) + first * in_, in_, n);
+      const row_pointers<float> c(products.row(place) + first * out_, out_, n);
+      weights_[static_cast<std::size_t>(place)].multiply(
+          {.m = n, .n = out_, .k = in_, .a = a.data(), .c = c.data()});
+    });
+    ws.parallel(groups, [&](index_t group, scratch) {
+      for (index_t t = group * at_once; t < std::min(tiles, (group + 1) * at_once); ++t) {
+        const index_t y = t / across * step, column = t % across * step;
+        std::array<float*, step * step> pixels;
+        std::array<const float*, step * step> add;
+        for (index_t i = 0; i < step * step; ++i) {
+          const index_t py = y + i / step, px = column + i % step;
+          const index_t at = (py * size.width + px) * out_;
+          const bool wanted = py < count && px < size.width;
+          pixels[static_cast<std::size_t>(i)] = wanted ? result + at : nullptr;
+          add[static_cast<std::size_t>(i)] = wanted && residual ? residual + at : nullptr;
+        }
+        kernel.winograd_output({.channels = out_,
+                                .m = products.data() + t * out_,
+                                .m_stride = tiles * out_,
+                                .out = pixels.data(),
+                                .bias = bias,
+                                .residual = residual ? add.data() : nullptr,
+                                .act = act});
+      }
+    });
+  }
+
+  index_t in_ = 0, out_ = 0;
+  tensor<float> zeros_;
+  std::vector<packed_weight> weights_;  // of each place in a tile
+};
+
+}  // namespace microtome
+
+#include <kernels/macros_on.hpp>
