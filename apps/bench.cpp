@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -68,9 +69,14 @@ private:
     if (!name.starts_with(encoder)) return "";
     name.remove_prefix(encoder.size());
     if (name == "patch_embed") return "patch_embed";
-    if (name.starts_with("layers.") && std::count(name.begin(), name.end(), '.') == 3)
-      return name.find(".blocks.") == name.npos ? "" : std::string(name.substr(0, 8));
-    return "";
+    // A block of a stage, such as layers.0.blocks.1 or backbone.stages.0.op_list.1.
+    std::vector<std::size_t> numbers;  // where they end
+    for (std::size_t i = 0; i < name.size(); ++i)
+      if (std::isdigit(static_cast<unsigned char>(name[i])) &&
+          (i + 1 == name.size() || name[i + 1] == '.'))
+        numbers.push_back(i + 1);
+    if (numbers.size() != 2 || numbers[1] != name.size() || name.starts_with("neck")) return "";
+    return std::string(name.substr(0, numbers[0]));
   }
 
   clock::time_point last_{};

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times LiteMedSAM's image encoder and its decoder of boxes in microtome, PyTorch, ONNX Runtime and
+"""Times the image encoder and the decoder of boxes, of LiteMedSAM or another model, in microtome, PyTorch, ONNX Runtime and
 OpenVINO: the same weights, inputs and number of threads, in turns, so that a machine that slows down
 slows all of them. Prints tables of medians, ratios and peak memory, and draws them.
 
@@ -108,11 +108,16 @@ def prepare(options, folder):
     measures.convert(checkpoint, folder / "model.safetensors")
     (folder / "model.pth").symlink_to(checkpoint.resolve())
     model = load_weights.load(checkpoint).eval().requires_grad_(False)
-    case = np.load(options.image or measures.link_cases(None, folder / "cases")[0])
-    image = original.preprocess(case["imgs"])
+    if model.config["input"]["normalize"] == "range":
+        case = np.load(options.image or measures.link_cases(None, folder / "cases")[0])
+        image = original.preprocess(case["imgs"])
+        boxes = [original.to_input(box, case["imgs"].shape[:2]) for box in case["boxes"]]
+        boxes = torch.from_numpy(np.resize(boxes, (BOXES, 4))).float()
+    else:  # noise: what it shows changes no runtime's time
+        side, frame = model.config["image_encoder"]["image_size"], model.config["input"]["frame"]
+        image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+        boxes = torch.tensor([[0.2, 0.3, 0.7, 0.6]]).repeat(BOXES, 1) * frame
     embedding = model.image_encoder(image)
-    boxes = [original.to_input(box, case["imgs"].shape[:2]) for box in case["boxes"]]
-    boxes = torch.from_numpy(np.resize(boxes, (BOXES, 4))).float()
     for part, module, inputs in (
         ("encoder", model.image_encoder, {"image": image}),
         ("decoder", Decoding(model), {"embedding": embedding, "boxes": boxes}),
