@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Makes the files in tests/data: a small model with seeded weights, what the PyTorch reference
-answers for it, and what OpenCV makes of some images. Needs PyTorch and OpenCV; run by hand when the
+"""Makes the files in tests/data: small models with seeded weights, what the PyTorch reference
+answers for it, and what OpenCV and Pillow make of some images. Needs PyTorch, OpenCV and Pillow 12; run by hand when the
 data has to change.
 
 The model is small, but no size in it is round: its maps of 52 x 52, 26 x 26 and 13 x 13 tokens leave
@@ -13,6 +13,7 @@ import zipfile
 
 import cv2
 import numpy as np
+import PIL.Image
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ sys.path[:0] = [str(ROOT / "converters" / part) for part in ("", "reference")]
 
 import architecture  # noqa: E402
 import convert  # noqa: E402
+import encoders  # noqa: E402
 import model_file  # noqa: E402
 import sam  # noqa: E402
 import seeded_weights  # noqa: E402
@@ -39,6 +41,26 @@ CONFIG = architecture.upgraded(dict(
     decoder=dict(depth=2, heads=8, mlp_dim=70, attention_downsample=2, multimask_outputs=3,
                  iou_hidden=40, iou_depth=3),
 ))
+# Frame and input differ, as in EfficientViT-SAM; one stage of each kind.
+EFFICIENTVIT = CONFIG | dict(
+    input=encoders.KNOWN["efficientvit"].input_policy(None) | dict(frame=104),
+    image_encoder=dict(
+        kind="efficientvit",
+        image_size=48,
+        stages=[
+            dict(blocks="residual", dim=18, depth=1, expand=1),
+            dict(blocks="fused", dim=20, depth=1, expand=3, merge="fused", merge_expand=5),
+            dict(blocks="inverted", dim=24, depth=1, expand=2, merge="inverted", merge_expand=4),
+            dict(blocks="attention", dim=28, depth=2, expand=3, merge="inverted", merge_expand=6),
+        ],
+        head_dim=7,
+        attention_side=5,
+        neck_depth=2,
+        neck_expand=1,
+        embed_dim=32,
+    ),
+    decoder=CONFIG["decoder"] | dict(norm_epsilon=1e-6),
+)
 RESIZES = [  # height, width, channels: fractions, whole factors, growing, and the thinnest
     (97, 131, 3), (261, 173, 1), (104, 104, 3), (208, 156, 1), (156, 104, 3), (52, 52, 3),
     (31, 45, 3), (51, 52, 1), (7, 5, 3), (1, 300, 1), (300, 1, 3), (1, 1, 3),
@@ -56,19 +78,20 @@ def traced_modules(model):
     return [f"image_encoder.{name}" for name in names if name in present]
 
 
-def make_golden(model):
+def make_golden(model, names, boxes):
     rng = np.random.default_rng(7)
-    side = CONFIG["image_encoder"]["image_size"]
+    config = model.config
+    side, mask_side = config["image_encoder"]["image_size"], 4 * model.image_encoder.resolution
     golden = {"image": rng.uniform(0, 1, (1, 3, side, side)).astype(np.float32)}
-    for name in traced_modules(model):
+    for name in names:
         def keep(_, __, output, name=name):
             golden[f"module.{name}"] = output.numpy()
         model.get_submodule(name).register_forward_hook(keep)
 
-    boxes = np.array([[3, 5, 30, 41], [10, 0, 51, 22], [0, 0, 52, 52], [20, 20, 24, 23], [7, 9, 8, 10]])
+    boxes = np.array(boxes)
     points = np.array([[[13.0, 20.0], [40.0, 7.0], [22.0, 50.0]]], np.float32)
     labels = np.array([[1, 0, 1]])
-    mask = rng.normal(0, 4, (1, 1, side, side)).astype(np.float32)
+    mask = rng.normal(0, 4, (1, 1, mask_side, mask_side)).astype(np.float32)
     with torch.no_grad():
         embedding = model.image_encoder(torch.tensor(golden["image"]))
         golden["image_embedding"] = embedding.numpy()
@@ -116,17 +139,45 @@ def make_bomb(path):
         archive.writestr("imgs.npy", npy + bytes(20_000_000))
 
 
-def main():
-    DATA.mkdir(exist_ok=True)
-    state = seeded_weights.seeded_state(CONFIG, seed=3)
-    tensors, config = convert.convert(state, CONFIG)
-    model_file.write(DATA / "tiny.safetensors", tensors, config)
-    model = sam.Sam(CONFIG).eval()
+def make_antialiased():
+    """What Pillow makes of images: shrunk, enlarged, one axis alone."""
+    rng = np.random.default_rng(12)
+    arrays = {}
+    for i, (before, after) in enumerate(((( 97, 131), (38, 52)), ((31, 45), (36, 52)), ((20, 33), (20, 52)),
+                                         ((1, 60), (1, 52)), ((300, 7), (52, 1)))):
+        for channels in (1, 3):
+            image = rng.integers(0, 256, (*before, channels), np.uint8)
+            resized = PIL.Image.fromarray(image.squeeze(2) if channels == 1 else image)
+            resized = np.asarray(resized.resize(after[::-1], PIL.Image.Resampling.BILINEAR))
+            arrays[f"{i}x{channels}.image"] = image
+            arrays[f"{i}x{channels}.resized"] = resized.reshape(*after, channels)
+    return arrays
+
+
+def make_model(name, config, seed, boxes, names, write):
+    """NAME.safetensors, a model with seeded weights, and NAME_golden.npz, what PyTorch answers for it."""
+    state = seeded_weights.seeded_state(config, seed)
+    tensors, config = convert.convert(state, config)
+    if write:
+        model_file.write(DATA / f"{name}.safetensors", tensors, config)
+    model = sam.Sam(config).eval()
     missing, unexpected = model.load_state_dict(
         {k: torch.tensor(v) for k, v in state.items()}, strict=False)
     assert not unexpected and all(k.endswith("num_batches_tracked") for k in missing)
-    np.savez_compressed(DATA / "tiny_golden.npz", **make_golden(model))
+    np.savez_compressed(DATA / f"{name}_golden.npz", **make_golden(model, names(model), boxes))
+
+
+def main():
+    DATA.mkdir(exist_ok=True)
+    # tiny.safetensors stays as it is: a file of version 1, which this converter no longer writes.
+    make_model("tiny", CONFIG, 3, [[3, 5, 30, 41], [10, 0, 51, 22], [0, 0, 52, 52], [20, 20, 24, 23], [7, 9, 8, 10]],
+               traced_modules, write=False)
+    stages = "image_encoder.backbone.stages"
+    make_model("tiny_efficientvit", EFFICIENTVIT, 4, [[6, 10, 60, 82], [20.5, 0, 102, 44.25]],
+               lambda model: [f"{stages}.{i}" for i in range(4)] + [
+                   f"{stages}.3.op_list.1.context_module", f"{stages}.3.op_list.1", "image_encoder.neck"], write=True)
     np.savez_compressed(DATA / "resize.npz", **make_resizes())
+    np.savez_compressed(DATA / "resize_antialiased.npz", **make_antialiased())
     numbers = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
     np.savez(DATA / "column_major.npz", a=np.asfortranarray(numbers))
     make_bomb(DATA / "bomb.npz")

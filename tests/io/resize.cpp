@@ -23,6 +23,48 @@ TEST_CASE("resize_area equals OpenCV's INTER_AREA, bit for bit") {
   CHECK(compared == 12);
 }
 
+TEST_CASE("resize_antialiased equals Pillow's BILINEAR, bit for bit") {
+  const array_file file(data_file("resize_antialiased.npz"));
+  int compared = 0;
+  for (const std::string& name : file.names()) {
+    if (!name.ends_with(".image")) continue;
+    CAPTURE(name);
+    const io::npy_array image = file.read(name);
+    const io::npy_array expected = file.read(name.substr(0, name.size() - 5) + "resized");
+    const shape& to = expected.header.extents;
+    const tensor<std::uint8_t> got =
+        resize_antialiased({image.bytes.data(), image.header.extents}, to[0], to[1]);
+    REQUIRE(got.extents() == to);
+    CHECK(std::equal(got.begin(), got.end(), expected.bytes.begin()));
+    ++compared;
+  }
+  CHECK(compared == 10);
+  CHECK(mentions(error_of([] {
+                   static_cast<void>(resize_antialiased({nullptr, {0, 4, 3}}, 2, 2));
+                 }),
+                 {"(0, 4, 3)"}));
+}
+
+TEST_CASE("two bilinear interpolations after each other, by rows, are those of whole planes") {
+  const index_t side = 5, frame = 13, crop_h = 11, crop_w = 9, out_h = 17, out_w = 23;
+  const tensor<float> plane = random_tensor({side, side}, 1);
+  tensor<float> middle(shape{frame, frame}), expected(shape{out_h, out_w}),
+      got(shape{out_h, out_w});
+  resize_bilinear(plane, side, side, frame, frame, 0, frame,
+                  [&](index_t y, index_t x, float v) { middle[y * frame + x] = v; });
+  resize_bilinear(middle, crop_h, crop_w, out_h, out_w, 0, out_h,
+                  [&](index_t y, index_t x, float v) { expected[y * out_w + x] = v; });
+  for (const index_t rows : {1, 5, 17})  // however they are cut
+    for (index_t y = 0; y < out_h; y += rows)
+      resize_bilinear_through(plane, frame, crop_h, crop_w, out_h, out_w, y,
+                              std::min(out_h, y + rows),
+                              [&](index_t i, index_t x, float v) { got[i * out_w + x] = v; });
+  CHECK(std::equal(got.begin(), got.end(), expected.begin()));
+  resize_bilinear_through(middle, frame, crop_h, crop_w, out_h, out_w, 0, out_h,
+                          [&](index_t y, index_t x, float v) { got[y * out_w + x] = v + 1; });
+  for (index_t i = 0; i < got.size(); ++i) CHECK(got[i] == expected[i] + 1);
+}
+
 TEST_CASE("resize_area refuses empty images") {
   CHECK(mentions(error_of([] {
                    static_cast<void>(resize_area({nullptr, {0, 4, 3}}, 2, 2));

@@ -180,6 +180,19 @@ TEST_CASE("schemes choose by stage, block and layer") {
   CHECK(layer_place(conv).text() == "0:1:conv2");
   CHECK(layer_place(merge).text() == "1:downsample:conv1");
   CHECK(layer_place("image_encoder.neck.2").text() == "neck:-:2");
+  const std::string stages = "image_encoder.backbone.stages.";
+  CHECK(layer_place(stages + "0.op_list.0.conv").text() == "0:0:conv");
+  CHECK(layer_place(stages + "0.op_list.1.main.conv1.conv").text() == "0:1:conv1");
+  CHECK(layer_place(stages + "3.op_list.1.main.depth_conv.conv").text() == "3:1:depth_conv");
+  CHECK(layer_place(stages + "4.op_list.2.context_module.main.qkv.conv").text() == "4:2:qkv");
+  CHECK(layer_place(stages + "4.op_list.2.context_module.main.aggreg.0.1").text() ==
+        "4:2:aggreg.0.1");
+  CHECK(layer_place(stages + "4.op_list.2.local_module.main.point_conv.conv").text() ==
+        "4:2:point_conv");
+  CHECK(layer_place("image_encoder.neck.middle.op_list.3.main.spatial_conv.conv").text() ==
+        "neck:3:spatial_conv");
+  CHECK(layer_place("image_encoder.neck.input_ops.1.op_list.0.conv").text() ==
+        "neck:input_ops:1.op_list.0");
   CHECK(layer_place("image_encoder.patch_embed.seq.2.c").text() == "patch_embed:-:seq.2");
   CHECK(layer_place(upscale).text() == "decoder:output_upscaling:0");
   CHECK(layer_place("mask_decoder.transformer.layers.1.mlp.lin1").text() == "decoder:1:mlp.lin1");

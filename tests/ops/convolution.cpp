@@ -1,4 +1,6 @@
+#include <microtome/ops/bicubic.hpp>
 #include <microtome/ops/convolution.hpp>
+#include <microtome/ops/fused_bottleneck.hpp>
 #include <microtome/ops/inverted_bottleneck.hpp>
 
 #include <kernels/reference.hpp>
@@ -44,18 +46,147 @@ void apply(kernels::activation act, tensor<float>& x) {
 
 }  // namespace
 
-TEST_CASE("3x3 convolution on odd maps") {
-  for (const map_size size : {map_size{1, 1}, {2, 3}, {7, 5}, {13, 29}}) {
-    const auto bytes = file_builder().add("conv.weight", {19, 11, 3, 3}, 1, 0.3f).bytes();
-    const safetensors file(bytes);
-    const convolution3x3 conv(file, "conv", 11, 19);
-    const tensor<float> x = random_tensor({size.tokens(), 11}, 2);
-    tensor<float> got(shape{size.tokens(), 19});
-    workspace ws(2, 0, 0);
-    conv(ws, size, x, got);
-    const tensor<float> weight = file.read("conv.weight", {19, 11, 3, 3});
-    CHECK(max_error(got, convolve(size, x, weight, nullptr, 1, 1, false)) < 2e-5);
+TEST_CASE("3x3 convolution on odd maps, also by Winograd's algorithm") {
+  struct shape_case {
+    map_size size;
+    index_t in, out, stride;
+    bool bias, residual;
+  };
+  for (const shape_case& c : {shape_case{{1, 1}, 11, 19, 1, false, false},
+                              {{2, 3}, 11, 19, 1, true, true},
+                              {{7, 5}, 3, 19, 2, true, false},
+                              {{13, 29}, 16, 16, 1, false, true},
+                              {{13, 30}, 17, 19, 1, true, true},
+                              {{4, 4}, 37, 24, 1, true, false},
+                              {{14, 9}, 21, 40, 2, false, true}})
+    for (const bool winograd : {false, true}) {
+      CAPTURE(c.size.height);
+      CAPTURE(c.size.width);
+      CAPTURE(winograd);
+      const map_size out = c.size.strided(c.stride);
+      const auto bytes = file_builder()
+                             .add("conv.weight", {c.out, c.in, 3, 3}, 1, 0.3f)
+                             .add("conv.bias", {c.out}, 2, 0.5f)
+                             .bytes();
+      const safetensors file(bytes);
+      const weights read(file, precision::fp32, nullptr, sparsity::automatic, winograd);
+      const convolution3x3 conv(read, "conv", c.in, c.out, c.stride, c.bias);
+      const tensor<float> x = random_tensor({c.size.tokens(), c.in}, 3);
+      const tensor<float> residual = random_tensor({out.tokens(), c.out}, 4);
+      const tensor<float> bias = file.read("conv.bias", {c.out});
+      tensor<float> expected = convolve(c.size, x, file.read("conv.weight", {c.out, c.in, 3, 3}),
+                                        c.bias ? bias.data() : nullptr, c.stride, 1, false);
+      if (c.residual)
+        for (index_t i = 0; i < expected.size(); ++i) expected[i] += residual[i];
+      apply(kernels::activation::gelu_tanh, expected);
+      tensor<float> first(expected.extents());
+      for (const int threads : {1, 2, 5}) {
+        workspace ws(threads, conv.memory(c.size), 0);
+        tensor<float> got = c.residual ? residual : tensor<float>(expected.extents());
+        // The result may lie where the residual does.
+        conv(ws, c.size, x, got, kernels::activation::gelu_tanh, c.residual ? got.data() : nullptr);
+        CHECK(max_error(got, expected) < 1e-4);
+        if (threads == 1) first = got;
+        CHECK(std::equal(got.begin(), got.end(), first.begin()));
+      }
+    }
+}
+
+TEST_CASE("Winograd's algorithm in bands, and rows from the middle, make the plain sums") {
+  const map_size size{93, 61};
+  const index_t in = 160, out = 200;
+  const auto bytes = file_builder().add("conv.weight", {out, in, 3, 3}, 1, 0.05f).bytes();
+  const safetensors file(bytes);
+  const auto conv = [&](bool winograd) {
+    return convolution3x3(weights(file, precision::fp32, nullptr, sparsity::automatic, winograd),
+                          "conv", in, out);
+  };
+  const convolution3x3 fast = conv(true), plain = conv(false);
+  const tensor<float> x = random_tensor({size.tokens(), in}, 2);
+  tensor<float> a(shape{size.tokens(), out}), b(a.extents());
+  workspace ws(2, fast.memory(size), 0);
+  CHECK(fast.memory(size) < 36 * 24 * 16 * (in + out));  // it takes more than one band
+  fast(ws, size, x, a);
+  plain(ws, size, x, b);
+  double squares = 0;
+  for (const float v : b) squares += double{v} * double{v};
+  const double deviation = std::sqrt(squares / static_cast<double>(b.size()));
+  CHECK(max_error(a, b) < 1e-4 * deviation);
+  for (const index_t y : {0, 4, 5, 19}) {
+    tensor<float> part(shape{7 * size.width, out});
+    fast.rows(ws, size, x, y, 7, part.data());
+    double worst = 0;
+    for (index_t i = 0; i < part.size(); ++i)
+      worst = std::max(worst, std::abs(double{part[i]} - double{b[y * size.width * out + i]}));
+    CHECK(worst < 1e-4 * deviation);
   }
+}
+
+TEST_CASE("the fused bottleneck equals its two convolutions") {
+  struct shape_case {
+    map_size size;
+    index_t in, hidden, out, stride;
+    bool shortcut;
+  };
+  for (const shape_case& c : {shape_case{{1, 1}, 3, 5, 4, 1, false},
+                              {{5, 7}, 6, 13, 6, 1, true},
+                              {{6, 9}, 16, 33, 10, 2, false},
+                              {{9, 13}, 17, 40, 17, 1, true}}) {
+    CAPTURE(c.size.height);
+    const map_size out = c.size.strided(c.stride);
+    const auto bytes = file_builder()
+                           .add("m.spatial_conv.conv.weight", {c.hidden, c.in, 3, 3}, 1, 0.3f)
+                           .add("m.spatial_conv.conv.bias", {c.hidden}, 2, 0.5f)
+                           .add("m.point_conv.conv.weight", {c.out, c.hidden, 1, 1}, 3, 0.2f)
+                           .add("m.point_conv.conv.bias", {c.out}, 4, 0.5f)
+                           .bytes();
+    const safetensors file(bytes);
+    const fused_bottleneck m(file, "m", c.in, c.hidden, c.out, c.stride, c.shortcut);
+    const tensor<float> x = random_tensor({c.size.tokens(), c.in}, 5);
+    tensor<float> y =
+        convolve(c.size, x, file.read("m.spatial_conv.conv.weight", {c.hidden, c.in, 3, 3}),
+                 file.read("m.spatial_conv.conv.bias", {c.hidden}).data(), c.stride, 1, false);
+    apply(kernels::activation::gelu_tanh, y);
+    y = convolve(out, y, file.read("m.point_conv.conv.weight", {c.out, c.hidden, 1, 1}),
+                 file.read("m.point_conv.conv.bias", {c.out}).data(), 1, 0, false);
+    if (c.shortcut)
+      for (index_t i = 0; i < y.size(); ++i) y[i] += x[i];
+    for (const int threads : {1, 3}) {
+      workspace ws(threads, m.memory(c.size), 0);
+      tensor<float> got(y.extents());
+      m(ws, c.size, x, got);
+      CHECK(max_error(got, y) < 5e-5);
+    }
+  }
+}
+
+TEST_CASE("bicubic interpolation is a sum over 4 x 4 pixels of Keys' kernel") {
+  const auto kernel = [](double x) {
+    x = std::abs(x);
+    const double a = -0.75;
+    if (x <= 1) return (a + 2) * x * x * x - (a + 3) * x * x + 1;
+    return x < 2 ? a * (x * x * x - 5 * x * x + 8 * x - 4) : 0.0;
+  };
+  const map_size from{7, 5}, to{28, 17};
+  const tensor<float> x = random_tensor({from.tokens(), 3}, 1);
+  tensor<float> y = random_tensor({to.tokens(), 3}, 2), expected = y;  // it adds
+  for (index_t i = 0; i < to.height; ++i)
+    for (index_t j = 0; j < to.width; ++j)
+      for (index_t c = 0; c < 3; ++c) {
+        const double v = (static_cast<double>(i) + 0.5) * 7 / 28 - 0.5;
+        const double u = (static_cast<double>(j) + 0.5) * 5 / 17 - 0.5;
+        double sum = 0;
+        for (index_t p = -3; p < 10; ++p)
+          for (index_t q = -3; q < 8; ++q)
+            sum +=
+                kernel(v - static_cast<double>(p)) * kernel(u - static_cast<double>(q)) *
+                double{
+                    x[(std::clamp<index_t>(p, 0, 6) * 5 + std::clamp<index_t>(q, 0, 4)) * 3 + c]};
+        expected[(i * to.width + j) * 3 + c] += static_cast<float>(sum);
+      }
+  workspace ws(2, 0, bicubic_scratch_bytes(from, 3));
+  add_bicubic(ws, from, x, to, y);
+  CHECK(max_error(y, expected) < 2e-6);
 }
 
 TEST_CASE("2x2 convolution of stride 2") {
@@ -114,7 +245,9 @@ TEST_CASE("the fused inverted bottleneck equals its three convolutions") {
                               {{41, 37}, 8, 24, 8, 1, true},
                               {{33, 71}, 9, 260, 21, 2, false},
                               {{19, 150}, 5, 256, 5, 1, true},
-                              {{70, 20}, 12, 500, 7, 2, false}}) {
+                              {{70, 20}, 12, 500, 7, 2, false},
+                              {{40, 83}, 9, 2050, 9, 1, true},  // wide ones, in bands
+                              {{61, 83}, 7, 3001, 5, 2, false}}) {
     CAPTURE(c.size.height);
     CAPTURE(c.size.width);
     CAPTURE(c.stride);
@@ -146,7 +279,7 @@ TEST_CASE("the fused inverted bottleneck equals its three convolutions") {
 
     tensor<float> first(y.extents());
     for (const int threads : {1, 2, 3, 7}) {
-      workspace ws(threads, 0, m.scratch_bytes(c.size));
+      workspace ws(threads, m.memory(c.size), m.scratch_bytes(c.size));
       tensor<float> got(y.extents());
       m(ws, c.size, x, got);
       CHECK(max_error(got, y) < 5e-5);

@@ -50,7 +50,7 @@ public:
   /// Whether it is used for a layer: where its error is small against what the layer's factors are
   /// rounded to, and where products are most of the work.
   static bool suits(const layer_weight& layer) {
-    return !layer.quantized() && !layer.sparse && !layer.observer && !layer.simulated &&
+    return !layer.quantized() && !layer.sparse && !layer.observer &&
            layer.inputs == precision::fp32 && layer.values.extent(0) >= least_channels &&
            layer.values.extent(1) >= least_channels;
   }

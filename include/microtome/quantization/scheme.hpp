@@ -17,6 +17,12 @@ namespace microtome {
 ///     image_encoder.layers.1.blocks.0.attn.qkv      1:0:attn.qkv
 ///     image_encoder.layers.0.downsample.conv1.c     0:downsample:conv1
 ///     image_encoder.neck.2                          neck:-:2
+///     image_encoder.backbone.stages.3.op_list.1.main.depth_conv.conv
+///                                                   3:1:depth_conv
+///     image_encoder.backbone.stages.4.op_list.2.context_module.main.qkv.conv
+///                                                   4:2:qkv
+///     image_encoder.neck.middle.op_list.0.main.spatial_conv.conv
+///                                                   neck:0:spatial_conv
 ///     mask_decoder.transformer.layers.0.mlp.lin1    decoder:0:mlp.lin1
 ///     mask_decoder.output_upscaling.0               decoder:output_upscaling:0
 struct layer_place {
@@ -34,11 +40,19 @@ struct layer_place {
       path.remove_prefix(std::min(path.size(), first.size() + 1));
       return first;
     };
-    if (path.ends_with(".c")) path.remove_suffix(2);  // a convolution and its folded BatchNorm
+    // A convolution and its folded BatchNorm.
+    if (path.ends_with(".c")) path.remove_suffix(2);
+    if (path.ends_with(".conv")) path.remove_suffix(5);
     if (starts("image_encoder.")) {
-      const bool stage = starts("layers.");
+      const bool stage = starts("layers.") || starts("backbone.stages.");
       fields[0] = component();
-      fields[1] = stage ? (starts("blocks."), component()) : "-";
+      starts("middle.");
+      fields[1] = stage || path.starts_with("op_list.") || path.find("_ops.") != path.npos
+                      ? (starts("blocks."), starts("op_list."), component())
+                      : "-";
+      if (!starts("context_module.")) starts("local_module.");
+      starts("main.");
+      if (path.empty()) path = "conv";  // EfficientViT's first layer is a block of its own
     } else {
       fields[0] = starts("mask_decoder.") ? "decoder" : "prompt";
       starts("prompt_encoder.");
@@ -73,9 +87,10 @@ inline const char* name_of(precision p) {
 class scheme {
 public:
   static constexpr std::array<std::array<const char*, 2>, 6> named{{
-      {"recommended", "*:*:*=int8, patch_embed:*:*=fp32, 0:0:conv1=fp32, 0:downsample:conv1=fp32"},
+      {"recommended",
+       "*:*:*=int8, patch_embed:*:*=fp32, 0:0:conv1|conv=fp32, 0:downsample:conv1=fp32"},
       {"full", "*:*:*=int8"},
-      {"mix-dwsc", "*:*:*=int8, *:*:conv2|local_conv=fp32"},
+      {"mix-dwsc", "*:*:*=int8, *:*:conv2|local_conv|depth_conv|aggreg.0.0=fp32"},
       {"mix-mbc-neck", "*:*:*=int8, 0|neck|patch_embed:*:*=fp32"},
       {"encoder", "!decoder|prompt:*:*=int8"},
       {"weights-only", "*:*:*=int8-weights"},
@@ -97,10 +112,11 @@ public:
     return chosen;
   }
 
-  /// Throws `error` where a rule has matched no layer so far: it was meant to.
+  /// Throws `error` where a rule has matched no layer so far: it was meant to. Those of named
+  /// schemes are for several models.
   void check_all_used() const {
     for (const rule& r : rules_)
-      if (!r.used) fail("scheme: rule '", r.text, "' matches no layer of this model");
+      if (!r.used && !r.named) fail("scheme: rule '", r.text, "' matches no layer of this model");
   }
 
 private:
@@ -109,6 +125,7 @@ private:
     std::array<std::string, 3> fields;
     precision chosen;
     bool used = false;
+    bool named = false;
   };
 
   static std::string_view trimmed(std::string_view text) {
@@ -133,13 +150,16 @@ private:
       const auto name =
           std::find_if(named.begin(), named.end(), [&](const auto& n) { return part == n[0]; });
       const std::size_t equals = part.find('=');
-      if (name != named.end())
+      if (name != named.end()) {
+        const std::size_t first = rules_.size();
         add_rules((*name)[1]);
-      else if (equals == std::string::npos)
+        for (std::size_t i = first; i < rules_.size(); ++i) rules_[i].named = true;
+      } else if (equals == std::string::npos) {
         rules_.push_back({part, {"*", "*", "*"}, parse_precision(part, part)});
-      else
+      } else {
         add_rule(part, trimmed(std::string_view(part).substr(0, equals)),
                  std::string(trimmed(std::string_view(part).substr(equals + 1))));
+      }
     }
   }
 
