@@ -130,6 +130,7 @@ struct bench_options {
   padding windows = padding::exact;
   precision factors = precision::fp32;
   sparsity zeros = sparsity::automatic;
+  bool winograd = true;
 };
 
 /// Counts layers by what they are computed in.
@@ -170,7 +171,8 @@ int run_bench(const bench_options& options) {
   const sam model = sam::load(options.model, {.windows = options.windows,
                                               .inputs = options.factors,
                                               .hook = &precisions,
-                                              .zeros = options.zeros});
+                                              .zeros = options.zeros,
+                                              .winograd = options.winograd});
   session s(model, {.threads = options.threads});
   const index_t side = model.encoder.image_size();
   const tensor<float> image = make_image(side);
@@ -250,6 +252,7 @@ command add_bench(CLI::App& app) {
   add_padding(app, options->windows);
   add_precision(app, options->factors);
   add_sparse(app, options->zeros);
+  add_winograd(app, options->winograd);
   return [options] { return run_bench(*options); };
 }
 

@@ -41,9 +41,20 @@ inline void add_sparse(CLI::App& app, sparsity& zeros) {
       {"auto", sparsity::automatic}, {"on", sparsity::on}, {"off", sparsity::off}};
   app.add_option("--sparse", zeros,
                  "skip the zeros of pruned weights: auto where it is faster, on wherever there are "
-                 "any, off; the results are the same")
+                 "any, off; the results are those of plain sums, see --winograd")
       ->transform(CLI::CheckedTransformer(names).description("{auto,on,off}"))
       ->default_str("auto");
+}
+
+/// Adds the option --winograd.
+inline void add_winograd(CLI::App& app, bool& winograd) {
+  const std::map<std::string, bool> names{{"on", true}, {"off", false}};
+  app.add_option(
+         "--winograd", winograd,
+         "3x3 convolutions in fp32 by Winograd's algorithm, two to three times as fast, with "
+         "four times their weights in memory; off: plain sums")
+      ->transform(CLI::CheckedTransformer(names).description("{on,off}"))
+      ->default_str("on");
 }
 
 /// Adds the option --padding.

@@ -42,6 +42,7 @@ struct segment_options {
   int workers = 1;
   precision factors = precision::fp32;
   sparsity zeros = sparsity::automatic;
+  bool winograd = true;
 };
 
 struct job {
@@ -225,9 +226,10 @@ public:
   /// Returns the program's exit code.
   int run() {
     std::optional<coming_case> first = take(0);  // read while the model is loaded
-    const sam model = sam::load(
-        options_.model,
-        {.windows = options_.windows, .inputs = options_.factors, .zeros = options_.zeros});
+    const sam model = sam::load(options_.model, {.windows = options_.windows,
+                                                 .inputs = options_.factors,
+                                                 .zeros = options_.zeros,
+                                                 .winograd = options_.winograd});
     std::vector<std::future<void>> others;  // which wait for their threads, whatever happens
     for (std::size_t worker = 1; worker < workers_; ++worker)
       others.push_back(
@@ -345,6 +347,7 @@ command add_segment(CLI::App& app) {
       ->capture_default_str();
   add_precision(app, options->factors);
   add_sparse(app, options->zeros);
+  add_winograd(app, options->winograd);
   return [options] { return run_segment(*options); };
 }
 

@@ -14,6 +14,7 @@ struct trace_options {
   int threads = 0;
   precision factors = precision::fp32;
   sparsity zeros = sparsity::automatic;
+  bool winograd = true;
 };
 
 /// Collects what is at or below a module path, in PyTorch's layout.
@@ -63,7 +64,9 @@ int run_trace(const trace_options& options) {
   const io::segmentation_case input = io::read_case(options.input);
   const auto* image = std::get_if<io::image_case>(&input);
   if (!image) fail(options.input, ": is a volume; trace takes an image (H, W, 3)");
-  const sam model = sam::load(options.model, {.inputs = options.factors, .zeros = options.zeros});
+  const sam model =
+      sam::load(options.model,
+                {.inputs = options.factors, .zeros = options.zeros, .winograd = options.winograd});
   session s(model, {.threads = options.threads});
   collecting_tracer trace(options.only);
   s.set_tracer(&trace);
@@ -103,6 +106,7 @@ command add_trace(CLI::App& app) {
       ->capture_default_str();
   add_precision(app, options->factors);
   add_sparse(app, options->zeros);
+  add_winograd(app, options->winograd);
   return [options] { return run_trace(*options); };
 }
 
