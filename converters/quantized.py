@@ -114,14 +114,18 @@ class Layer:
 
 def place(name):
     """Where a layer stands, as the runtime's schemes name it: (stage, block, layer)."""
-    part, _, path = name.removesuffix(".c").partition(".")
+    part, _, path = name.removesuffix(".c").removesuffix(".conv").partition(".")
     if part == "image_encoder":
-        if not path.startswith("layers."):
-            stage, _, path = path.partition(".")
-            return stage, "-", path
-        stage, _, path = path.removeprefix("layers.").partition(".")
-        block, _, path = path.removeprefix("blocks.").partition(".")
-        return stage, block, path
+        inner = path.removeprefix("layers.").removeprefix("backbone.stages.")
+        staged = inner != path
+        stage, _, path = inner.partition(".")
+        path = path.removeprefix("middle.")
+        block = "-"
+        if staged or path.startswith("op_list.") or "_ops." in path:
+            block, _, path = path.removeprefix("blocks.").removeprefix("op_list.").partition(".")
+        for wrapper in ("context_module.", "local_module.", "main."):
+            path = path.removeprefix(wrapper)
+        return stage, block, path or "conv"
     block, _, path = path.removeprefix("transformer.").removeprefix("layers.").partition(".")
     return ("decoder" if part == "mask_decoder" else "prompt"), block, path
 

@@ -115,7 +115,10 @@ private:
   /// A tensor's type, or a text of the metadata.
   void change_word() {
     static constexpr std::string_view words[] = {
-        "F32", "F16", "BF16", "F64", "I8", "U8", "I64", "BOOL", "?", "", "1", "2", "lite_medsam"};
+        "F32",          "F16",         "BF16",     "F64",      "I8",    "U8",         "I64",
+        "BOOL",         "?",           "",         "1",        "2",     "area",       "tiny_vit",
+        "efficientvit", "fused",       "inverted", "residual", "range", "statistics", "attention",
+        "exact",        "antialiased", "strided"};
     const std::size_t colon = any("\":\"");
     if (colon == std::string::npos) return;
     std::size_t end = colon + 3;

@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT / "converters"), str(ROOT / "converters" / "reference")
 
 import architecture  # noqa: E402
 import convert  # noqa: E402
+import encoders  # noqa: E402
 import model_file  # noqa: E402
 import seeded_weights  # noqa: E402
 
@@ -36,7 +37,22 @@ CONFIG = architecture.upgraded(dict(
 ))
 
 
+EFFICIENTVIT = CONFIG | dict(
+    input=encoders.KNOWN["efficientvit"].input_policy(None) | dict(frame=32),
+    image_encoder=dict(
+        kind="efficientvit", image_size=16, head_dim=2, attention_side=3, neck_depth=1, neck_expand=1, embed_dim=8,
+        stages=[
+            dict(blocks="residual", dim=2, depth=1, expand=1),
+            dict(blocks="fused", dim=2, depth=1, expand=1, merge="fused", merge_expand=1),
+            dict(blocks="attention", dim=2, depth=1, expand=1, merge="inverted", merge_expand=1),
+        ],
+    ),
+)
+
+
 def models(folder):
+    tensors, config = convert.convert(seeded_weights.seeded_state(EFFICIENTVIT, 1), EFFICIENTVIT)
+    model_file.write(folder / "efficientvit", tensors, config)
     tensors, config = convert.convert(seeded_weights.seeded_state(CONFIG, 1), CONFIG)
     model_file.write(folder / "fp32", tensors, config)
     half = {n: v.astype(np.float16) if v.size > 4 else v for n, v in tensors.items()}
@@ -52,7 +68,7 @@ def few_tensors(folder):
         "whole": {"w_values": np.int8([1, 2, 3]), "w_mask": np.uint8([7])},
     }
     for name, tensors in held.items():
-        model_file.write(folder / f"tensors{name}", tensors, {"image_size": 8})
+        model_file.write(folder / f"tensors{name}", tensors, CONFIG)
 
 
 def npy(array):

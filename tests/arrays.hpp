@@ -29,10 +29,11 @@ public:
 
   io::npy_array read(const std::string& name) const {
     const safetensors::entry& from = file_.tensors().at(name);
-    const auto size = static_cast<index_t>(from.bytes.size());
+    const std::vector<std::byte> bytes = file_.stored(from);
+    const auto size = static_cast<index_t>(bytes.size());
     io::npy_array array{{from.dtype == "F32" ? "<f4" : "|u1", false, from.extents},
                         tensor<std::uint8_t>(shape{size})};
-    std::memcpy(array.bytes.data(), from.bytes.data(), from.bytes.size());
+    std::memcpy(array.bytes.data(), bytes.data(), bytes.size());
     return array;
   }
 

@@ -41,7 +41,7 @@ std::vector<std::byte> pruned_file(double amount, bool compressed) {
   for (const auto& [name, entry] : file.tensors()) {
     const auto layer = layers.found.find(name);
     if (layer == layers.found.end()) {
-      out.add(name, entry.dtype, entry.extents, entry.bytes);
+      out.add(name, entry.dtype, entry.extents, file.stored(entry));
       continue;
     }
     const tensor<float>& w = layer->second;

@@ -20,7 +20,7 @@ import pytest
 from conftest import make_case
 
 KILLS = int(os.environ.get("MICROTOME_KILLS", 40))
-EVERY = int(os.environ.get("MICROTOME_EVERY", 151))
+EVERY = int(os.environ.get("MICROTOME_EVERY", 401))
 
 
 @pytest.fixture(scope="module")

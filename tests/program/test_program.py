@@ -301,6 +301,42 @@ def test_info(run, tiny_model):
     assert "image_encoder.layers.0.blocks.0.conv1.c.weight" in text and "windows 7 x 7" in text
 
 
+def test_efficientvit_goes_through_every_command(run, tmp_path):
+    """Another model of the family, with prompts in a frame of another size than its input."""
+    model = ROOT / "tests" / "data" / "tiny_efficientvit.safetensors"
+    cases = tmp_path / "cases"
+    cases.mkdir()
+    make_case(cases / "image.npz")
+    make_case(cases / "volume.npz", shape=(5, 61, 70), boxes=((5, 6, 1, 40, 50, 4), (20, 10, 0, 60, 55, 3)))
+    for way in ("on", "off"):
+        done = run("segment", "-m", model, "-i", cases, "-o", tmp_path / way, "--winograd", way)
+        assert done.returncode == 0, done.stderr
+    for name in ("image", "volume"):
+        on, off = (np.load(tmp_path / way / f"{name}.npz")["segs"] for way in ("on", "off"))
+        assert on.any() and (on == off).mean() > 0.999
+    text = run("info", "-m", model).stdout
+    for part in ("efficientvit", "input         48 x 48", "antialiased", "104 x 104", "blocks of linear attention"):
+        assert part in text
+    assert "stages.2" in run("bench", "-m", model, "--runs", 1).stdout
+    labelled = tmp_path / "labelled"
+    labelled.mkdir()
+    case = dict(np.load(cases / "image.npz"))
+    np.savez(labelled / "image.npz", **case, gts=np.load(tmp_path / "on" / "image.npz")["segs"])
+    ranges, moments, int8 = tmp_path / "r.json", tmp_path / "m.safetensors", tmp_path / "int8.safetensors"
+    for command in (
+        ("calibrate", "-m", model, "-i", cases, "-o", ranges, "--moments", moments),
+        ("quantize", "-m", model, "-r", ranges, "--moments", moments, "-o", int8),
+        ("segment", "-m", int8, "-i", cases, "-o", tmp_path / "int8"),
+        ("segment", "-m", model, "-i", cases, "-o", tmp_path / "bf16", "--precision", "bf16"),
+        ("sensitivity", "-m", model, "-i", labelled, "-r", ranges, "-o", tmp_path / "s.csv", "--by", "layer"),
+    ):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    for way in ("int8", "bf16"):
+        assert (np.load(tmp_path / way / "image.npz")["segs"] == np.load(tmp_path / "on" / "image.npz")["segs"]).mean() > 0.9
+    assert "3:1:depth_conv" in (tmp_path / "s.csv").read_text()
+
+
 def test_flops_are_those_that_pytorch_counts(run, tmp_path):
     """On maps that need no padding, so that the reference does no extra work."""
     from torch.utils.flop_counter import FlopCounterMode

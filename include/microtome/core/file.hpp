@@ -40,6 +40,15 @@ inline std::FILE* open_to_read(const std::filesystem::path& path) {
 #endif
 }
 
+/// std::fseek from the start, beyond 2 GiB everywhere.
+inline bool seek(std::FILE* file, std::uint64_t place) {
+#ifdef _WIN32
+  return ::_fseeki64(file, static_cast<long long>(place), SEEK_SET) == 0;
+#else
+  return ::fseeko(file, static_cast<::off_t>(place), SEEK_SET) == 0;
+#endif
+}
+
 /// The name of a file that is being written beside `path`. (Of text, since GCC's path breaks where
 /// memory runs out while it is appended to.)
 inline std::filesystem::path part_of(const std::filesystem::path& path) {
@@ -55,31 +64,61 @@ inline std::filesystem::path part_of(const std::filesystem::path& path) {
 inline constexpr std::uint64_t max_file_bytes =
     std::min<std::uint64_t>(std::uint64_t{4} << 30, std::numeric_limits<std::ptrdiff_t>::max());
 
-/// A file's bytes, read at once. They are not mapped, since a mapped file that is cut off while it
-/// is in use ends the program, and one that is written to changes what has been checked.
-class whole_file {
+/// A file that is read in parts. It is not mapped, since a mapped file that is cut off while it is
+/// in use ends the program. The file that was opened is read to the end, whatever takes its name
+/// meanwhile.
+class open_file {
 public:
-  whole_file() = default;
+  open_file() = default;
 
   /// Throws `error` where `path` is not a readable regular file of at most max_file_bytes.
-  explicit whole_file(const std::filesystem::path& path) {
+  explicit open_file(const std::filesystem::path& path) : name_(path.string()) {
     std::error_code unknown;
     const std::filesystem::file_status status = std::filesystem::status(path, unknown);
     if (std::filesystem::is_directory(status)) fail(path.string(), ": is a directory");
     if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status))
       fail(path.string(), ": is not a regular file");
-    const std::unique_ptr<std::FILE, detail::file_closer> file(detail::open_to_read(path));
-    if (!file) fail(path.string(), ": cannot be opened: ", std::strerror(errno));
-    const std::uint64_t size = std::filesystem::file_size(path, unknown);
-    if (unknown) fail(path.string(), ": cannot be read: ", unknown.message());
-    if (size > max_file_bytes)
-      fail(path.string(), ": has ", size, " bytes, at most ", max_file_bytes, " are read");
-    size_ = static_cast<std::size_t>(size);
+    file_.reset(detail::open_to_read(path));
+    if (!file_) fail(name_, ": cannot be opened: ", std::strerror(errno));
+    size_ = std::filesystem::file_size(path, unknown);
+    if (unknown) fail(name_, ": cannot be read: ", unknown.message());
+    if (size_ > max_file_bytes)
+      fail(name_, ": has ", size_, " bytes, at most ", max_file_bytes, " are read");
+  }
+
+  /// Bytes that it had when it was opened.
+  std::uint64_t size() const { return size_; }
+
+  /// Reads `count` bytes from byte `begin` on. Throws `error` where they are no longer there. Not
+  /// for several threads at once.
+  void read(std::uint64_t begin, void* out, std::size_t count) const {
+    if (begin != position_ && !detail::seek(file_.get(), begin))
+      fail(name_, ": cannot be read: ", std::strerror(errno));
+    const std::size_t got = std::fread(out, 1, count, file_.get());
+    position_ = begin + got;
+    if (std::ferror(file_.get())) fail(name_, ": cannot be read: ", std::strerror(errno));
+    if (got != count)
+      fail(name_, ": ended after ", position_, " of its ", size_, " bytes; is it being written?");
+  }
+
+private:
+  std::string name_;
+  std::unique_ptr<std::FILE, detail::file_closer> file_;
+  std::uint64_t size_ = 0;
+  mutable std::uint64_t position_ = 0;
+};
+
+/// A file's bytes, read at once.
+class whole_file {
+public:
+  whole_file() = default;
+
+  /// Throws `error` as open_file does.
+  explicit whole_file(const std::filesystem::path& path) {
+    const open_file file(path);
+    size_ = static_cast<std::size_t>(file.size());
     bytes_.reset(new std::byte[size_]);  // left as it is, not cleared
-    const std::size_t got = std::fread(bytes_.get(), 1, size_, file.get());
-    if (std::ferror(file.get())) fail(path.string(), ": cannot be read: ", std::strerror(errno));
-    if (got != size_)
-      fail(path.string(), ": ended after ", got, " of its ", size_, " bytes; is it being written?");
+    file.read(0, bytes_.get(), size_);
   }
 
   std::span<const std::byte> bytes() const { return {bytes_.get(), size_}; }

@@ -69,18 +69,20 @@ public:
   struct entry {
     std::string dtype;  ///< as in the file: "F32", "BF16", ...
     shape extents;
-    std::span<const std::byte> bytes;
+    std::uint64_t begin = 0, end = 0;  ///< bytes, counted from the end of the header
   };
 
-  /// Reads the file at `path`. Throws `error` where it is not a sound safetensors file.
+  /// Opens the file at `path` and reads its header; tensors are read when they are asked for, so
+  /// that a model is never in memory twice. Throws `error` where it is not a sound safetensors
+  /// file.
   explicit safetensors(const std::filesystem::path& path)
-      : name_(path.string()), file_(path), bytes_(file_.bytes()) {
+      : name_(path.string()), file_(path), size_(file_.size()) {
     parse();
   }
 
   /// Reads from memory, which must outlive this object; `name` stands for it in messages.
   explicit safetensors(std::span<const std::byte> bytes, std::string name = "model in memory")
-      : name_(std::move(name)), bytes_(bytes) {
+      : name_(std::move(name)), bytes_(bytes), size_(bytes.size()) {
     parse();
   }
 
@@ -90,6 +92,13 @@ public:
   const std::map<std::string, entry, std::less<>>& tensors() const { return entries_; }
   const std::map<std::string, std::string, std::less<>>& metadata() const { return metadata_; }
   bool contains(std::string_view tensor_name) const { return entries_.contains(tensor_name); }
+
+  /// A tensor as it is stored. Throws `error` where the file has lost it since it was opened.
+  std::vector<std::byte> stored(const entry& e) const {
+    std::vector<std::byte> bytes(static_cast<std::size_t>(e.end - e.begin));
+    copy(data_ + e.begin, bytes.data(), bytes.size());
+    return bytes;
+  }
 
   /// Whether a weight is stored without its zeros. Instead of `<name>` there are then
   ///
@@ -111,9 +120,10 @@ public:
     const auto mix = [&](std::uint64_t word) { hash = (hash ^ word) * 0x100000001b3; };
     for (const auto& [name, e] : entries_) {
       for (const char c : name + to_string(e.extents)) mix(static_cast<unsigned char>(c));
-      for (std::size_t i = 0; i < e.bytes.size(); i += 8) {
+      const std::vector<std::byte> bytes = stored(e);
+      for (std::size_t i = 0; i < bytes.size(); i += 8) {
         std::uint64_t word = 0;
-        std::memcpy(&word, e.bytes.data() + i, std::min<std::size_t>(8, e.bytes.size() - i));
+        std::memcpy(&word, bytes.data() + i, std::min<std::size_t>(8, bytes.size() - i));
         mix(word);
       }
     }
@@ -159,8 +169,9 @@ private:
     if (e.dtype != "I8")
       fail(name_, ": tensor '", tensor_name, "' has dtype ", e.dtype, ", expected I8");
     tensor<float> values(expected);
+    const std::vector<std::byte> bytes = stored(e);
     for (index_t i = 0; i < values.size(); ++i) {
-      const int whole = std::to_integer<int>(e.bytes[static_cast<std::size_t>(i)]);
+      const int whole = std::to_integer<int>(bytes[static_cast<std::size_t>(i)]);
       values[i] = static_cast<float>(static_cast<std::int8_t>(whole));
       if (values[i] < -127.0f)
         fail(name_, ": tensor '", tensor_name, "' holds -128 at element ", i,
@@ -184,15 +195,16 @@ private:
     const entry& mask = find(whole + "_mask", {(expected.size() + 7) / 8});
     if (mask.dtype != "U8")
       fail(name_, ": tensor '", whole, "_mask' has dtype ", mask.dtype, ", expected U8");
+    const std::vector<std::byte> mask_bytes = stored(mask);
     std::size_t bits = 0;
-    for (const std::byte b : mask.bytes)
+    for (const std::byte b : mask_bytes)
       bits += std::bitset<8>(std::to_integer<unsigned>(b)).count();
     const auto stored = static_cast<index_t>(bits);
     const tensor<float> values = (this->*read_stored)(whole + "_values", {stored});
     tensor<float> out(expected);
     index_t next = 0;
     for (index_t i = 0; i < out.size(); ++i) {
-      const auto byte = std::to_integer<unsigned>(mask.bytes[static_cast<std::size_t>(i / 8)]);
+      const auto byte = std::to_integer<unsigned>(mask_bytes[static_cast<std::size_t>(i / 8)]);
       if (byte >> (i % 8) & 1) out[i] = values[next++];
     }
     if (next != stored)
@@ -238,24 +250,25 @@ private:
   }
 
   void parse() {
-    if (bytes_.size() < 8)
-      fail(name_, ": ", bytes_.size(), " bytes, too short for a safetensors file");
+    if (size_ < 8) fail(name_, ": ", size_, " bytes, too short for a safetensors file");
+    std::array<char, 8> first{};
+    copy(0, first.data(), first.size());
     std::uint64_t header_size = 0;
-    std::memcpy(&header_size, bytes_.data(), 8);
-    if (header_size > bytes_.size() - 8 || header_size > max_header) {
-      const std::string_view start(reinterpret_cast<const char*>(bytes_.data()), 8);
+    std::memcpy(&header_size, first.data(), 8);
+    if (header_size > size_ - 8 || header_size > max_header) {
+      const std::string_view start(first.data(), first.size());
       if (const std::string_view what = known_mistake(start); !what.empty())
         fail(name_, ": is no model file, but ", what);
-      fail(name_, ": the header claims ", header_size, " bytes, but ", bytes_.size() - 8,
+      fail(name_, ": the header claims ", header_size, " bytes, but ", size_ - 8,
            " bytes follow (and at most ", max_header,
            " are accepted): truncated, or not safetensors");
     }
-    const auto* text = reinterpret_cast<const char*>(bytes_.data()) + 8;
-    const detail::json_document document({text, static_cast<std::size_t>(header_size)},
-                                         name_ + ": the header");
+    std::string text(static_cast<std::size_t>(header_size), ' ');
+    copy(8, text.data(), text.size());
+    const detail::json_document document(text, name_ + ": the header");
     const nlohmann::json& header = document.value;
     if (!header.is_object()) fail(name_, ": the header is not a JSON object");
-    data_ = bytes_.subspan(8 + static_cast<std::size_t>(header_size));
+    data_ = 8 + header_size;
     for (const auto& [key, value] : header.items()) {
       if (key == "__metadata__")
         parse_metadata(value);
@@ -285,37 +298,39 @@ private:
       bad("has a malformed dtype, shape or data_offsets");
     if (extents.size() > shape::max_rank) bad("has more than four dimensions");
 
-    entry e{.dtype = value["dtype"].get<std::string>(), .extents = {}, .bytes = {}};
+    entry e{.dtype = value["dtype"].get<std::string>(), .extents = {}};
+    const std::uint64_t held = size_ - data_;
     std::uint64_t count = 1;
     for (const auto& extent : extents) {
       if (!extent.is_number_unsigned()) bad("has a negative or fractional extent");
       const auto n = extent.get<std::uint64_t>();
-      if (n != 0 && count > data_.size() / n) bad("has a shape larger than the file");
+      if (n != 0 && count > held / n) bad("has a shape larger than the file");
       count *= n;
       e.extents.append(static_cast<index_t>(n));
     }
     const auto begin = offsets[0].get<std::uint64_t>();
     const auto end = offsets[1].get<std::uint64_t>();
-    if (begin > end || end > data_.size())
+    if (begin > end || end > held)
       fail(name_, ": tensor '", key, "' lies at bytes ", begin, " to ", end,
-           ", but the file holds ", data_.size(), ": truncated?");
+           ", but the file holds ", held, ": truncated?");
     const std::uint64_t width = dtype_size(e.dtype);
     if (width == 0) fail(name_, ": tensor '", key, "' has the unknown dtype '", e.dtype, "'");
     if (end - begin != count * width)
       fail(name_, ": tensor '", key, "' of shape ", to_string(e.extents), " and dtype ", e.dtype,
            " takes ", count * width, " bytes, but the header gives it ", end - begin);
-    e.bytes = data_.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+    e.begin = begin;
+    e.end = end;
     entries_.emplace(key, std::move(e));
   }
 
   void check_overlaps() const {
-    std::vector<std::pair<const std::byte*, const std::string*>> starts;
+    std::vector<std::pair<std::uint64_t, const std::string*>> starts;
     for (const auto& [key, e] : entries_)
-      if (!e.bytes.empty()) starts.emplace_back(e.bytes.data(), &key);
+      if (e.begin < e.end) starts.emplace_back(e.begin, &key);
     std::sort(starts.begin(), starts.end());
     for (std::size_t i = 1; i < starts.size(); ++i) {
       const entry& before = entries_.find(*starts[i - 1].second)->second;
-      if (before.bytes.data() + before.bytes.size() > starts[i].first)
+      if (before.end > starts[i].first)
         fail(name_, ": tensors '", *starts[i - 1].second, "' and '", *starts[i].second,
              "' overlap");
     }
@@ -331,11 +346,12 @@ private:
 
   void widen(std::string_view tensor_name, const entry& e, tensor<float>& out) const {
     if (e.dtype == "F32") {
-      std::memcpy(out.data(), e.bytes.data(), e.bytes.size());
+      copy(data_ + e.begin, out.data(), static_cast<std::size_t>(e.end - e.begin));
     } else if (e.dtype == "F16" || e.dtype == "BF16") {
+      const std::vector<std::byte> bytes = stored(e);
       for (index_t i = 0; i < out.size(); ++i) {
         std::uint16_t half = 0;
-        std::memcpy(&half, e.bytes.data() + 2 * i, 2);
+        std::memcpy(&half, bytes.data() + 2 * i, 2);
         out[i] = e.dtype == "BF16" ? bit_cast<float>(std::uint32_t{half} << 16) : widen_half(half);
       }
     } else {
@@ -354,10 +370,19 @@ private:
     return sign * std::ldexp(static_cast<float>(mantissa | 1024), exponent - 25);
   }
 
+  /// Bytes from `place` on, which are there.
+  void copy(std::uint64_t place, void* out, std::size_t count) const {
+    if (count == 0) return;
+    if (bytes_.data())
+      std::memcpy(out, bytes_.data() + place, count);
+    else
+      file_.read(place, out, count);
+  }
+
   std::string name_;
-  whole_file file_;
-  std::span<const std::byte> bytes_;
-  std::span<const std::byte> data_;
+  open_file file_;
+  std::span<const std::byte> bytes_;  // where it is in memory
+  std::uint64_t size_ = 0, data_ = 0;
   std::map<std::string, entry, std::less<>> entries_;
   std::map<std::string, std::string, std::less<>> metadata_;
 };

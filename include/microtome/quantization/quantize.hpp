@@ -121,7 +121,7 @@ public:
       if (name.ends_with("_mask") && changed.contains(name.substr(0, name.size() - 4) + "values"))
         continue;  // it goes with the values
       if (layer == changed.end())
-        out.add(name, entry.dtype, entry.extents, entry.bytes);
+        out.add(name, entry.dtype, entry.extents, file.stored(entry));
       else
         add(out, *layer->second, file);
     }
@@ -167,7 +167,7 @@ private:
     } else {
       for (const std::string& part : {name, name + "_values", name + "_mask"})
         if (const auto entry = file.tensors().find(part); entry != file.tensors().end())
-          out.add(part, entry->second.dtype, entry->second.extents, entry->second.bytes);
+          out.add(part, entry->second.dtype, entry->second.extents, file.stored(entry->second));
     }
   }
 
