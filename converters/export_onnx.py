@@ -13,6 +13,7 @@ points of the file; what a runtime makes of them is its own. Needs PyTorch and o
 import argparse
 import pathlib
 import sys
+import warnings
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class QuantizedLayer(nn.Module):
             self.register_buffer("zero", torch.tensor(zero.astype(np.int32)))
         self.factor = factor is not None
         if self.factor:
+            factor = np.tile(factor, getattr(layer, "groups", 1))  # groups share theirs
             self.register_buffer("divisor", torch.tensor(factor if self.channels_last else factor[:, None, None]))
 
     def forward(self, x):
@@ -106,7 +108,8 @@ def export(path, folder):
     image = torch.rand(1, 3, encoder["image_size"], encoder["image_size"])
     boxes = torch.tensor([[0.2, 0.3, 0.7, 0.6], [0.1, 0.2, 0.5, 0.9]]) * policy["frame"]
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sizes become constants, as they should; constants that are not folded
         torch.onnx.export(model.image_encoder, (image,), str(folder / "encoder.onnx"), dynamo=False,
                           opset_version=OPSET, input_names=["image"], output_names=["embedding"])
         torch.onnx.export(
