@@ -72,14 +72,14 @@ void depthwise(benchmark::State& state, index_t width, index_t channels, index_t
                   floats((3 * n_in + width + 10) * channels)};
   measure(state, todo, [&] {
     kernel.depthwise({.rows = {x.row(0), x.row(1), x.row(2)},
-                         .n_in = n_in,
-                         .n_out = width,
-                         .first = 0,
-                         .stride = stride,
-                         .channels = channels,
-                         .weights = w.data(),
-                         .bias = bias.data(),
-                         .out = out.data()});
+                      .n_in = n_in,
+                      .n_out = width,
+                      .first = 0,
+                      .stride = stride,
+                      .channels = channels,
+                      .weights = w.data(),
+                      .bias = bias.data(),
+                      .out = out.data()});
   });
 }
 
