@@ -48,7 +48,7 @@ HWY_FLATTEN void cycles_sparse_wide(const gemm_args* args, const sparse_header* 
 
 void cycles_depthwise(const depthwise_args* args, ptrdiff_t end) {
   for (ptrdiff_t c = 0; c < end; c += lanes)
-    depthwise_inside<pixels_at_once, 1>(*args, float_tag{}, 1, c);
+    depthwise_inside<3, pixels_at_once, 1>(*args, float_tag{}, 1, c);
 }
 
 void cycles_gelu(ptrdiff_t n, const float* x, float* out) {
