@@ -5,44 +5,45 @@
 
 namespace microtome::tests {
 
-TEST_CASE("resize_area equals OpenCV's INTER_AREA, bit for bit") {
-  const array_file file(data_file("resize.npz"));
-  int compared = 0;
-  for (const std::string& name : file.names()) {
-    if (!name.ends_with(".image")) continue;
-    CAPTURE(name);
-    const io::npy_array image = file.read(name);
-    const io::npy_array expected = file.read(name.substr(0, name.size() - 5) + "resized");
-    const shape& to = expected.header.extents;
-    const tensor<std::uint8_t> got =
-        resize_area({image.bytes.data(), image.header.extents}, to[0], to[1]);
-    REQUIRE(got.extents() == to);
-    CHECK(std::equal(got.begin(), got.end(), expected.bytes.begin()));
-    ++compared;
-  }
-  CHECK(compared == 12);
-}
+namespace {
 
-TEST_CASE("resize_antialiased equals Pillow's BILINEAR, bit for bit") {
-  const array_file file(data_file("resize_antialiased.npz"));
+/// Holds `resize` to every pair of images in a file of tests/data, of which there are `count`.
+void check_resizes(const char* name, int count, auto resize) {
+  const array_file file(data_file(name));
   int compared = 0;
-  for (const std::string& name : file.names()) {
-    if (!name.ends_with(".image")) continue;
-    CAPTURE(name);
-    const io::npy_array image = file.read(name);
-    const io::npy_array expected = file.read(name.substr(0, name.size() - 5) + "resized");
+  for (const std::string& key : file.names()) {
+    if (!key.ends_with(".image")) continue;
+    CAPTURE(key);
+    const io::npy_array image = file.read(key);
+    const io::npy_array expected = file.read(key.substr(0, key.size() - 5) + "resized");
     const shape& to = expected.header.extents;
-    const tensor<std::uint8_t> got =
-        resize_antialiased({image.bytes.data(), image.header.extents}, to[0], to[1]);
+    const view<const std::uint8_t> pixels{image.bytes.data(), image.header.extents};
+    const tensor<std::uint8_t> got = resize(pixels, to[0], to[1]);
     REQUIRE(got.extents() == to);
     CHECK(std::equal(got.begin(), got.end(), expected.bytes.begin()));
     ++compared;
   }
-  CHECK(compared == 10);
-  CHECK(mentions(error_of([] {
-                   static_cast<void>(resize_antialiased({nullptr, {0, 4, 3}}, 2, 2));
+  CHECK(compared == count);
+  CHECK(mentions(error_of([&] {
+                   static_cast<void>(resize({nullptr, {0, 4, 3}}, 2, 2));
                  }),
                  {"(0, 4, 3)"}));
+}
+
+}  // namespace
+
+TEST_CASE("resize_area equals OpenCV's INTER_AREA, bit for bit, and refuses empty images") {
+  check_resizes("resize.npz", 12,
+                [](view<const std::uint8_t> image, index_t height, index_t width) {
+                  return resize_area(image, height, width);
+                });
+}
+
+TEST_CASE("resize_antialiased equals Pillow's BILINEAR, bit for bit, and refuses empty images") {
+  check_resizes("resize_antialiased.npz", 10,
+                [](view<const std::uint8_t> image, index_t height, index_t width) {
+                  return resize_antialiased(image, height, width);
+                });
 }
 
 TEST_CASE("two bilinear interpolations after each other, by rows, are those of whole planes") {
@@ -63,13 +64,6 @@ TEST_CASE("two bilinear interpolations after each other, by rows, are those of w
   resize_bilinear_through(middle, frame, crop_h, crop_w, out_h, out_w, 0, out_h,
                           [&](index_t y, index_t x, float v) { got[y * out_w + x] = v + 1; });
   for (index_t i = 0; i < got.size(); ++i) CHECK(got[i] == expected[i] + 1);
-}
-
-TEST_CASE("resize_area refuses empty images") {
-  CHECK(mentions(error_of([] {
-                   static_cast<void>(resize_area({nullptr, {0, 4, 3}}, 2, 2));
-                 }),
-                 {"(0, 4, 3)"}));
 }
 
 TEST_CASE("resize_bilinear aligns pixel centres, and crops first") {

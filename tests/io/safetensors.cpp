@@ -14,6 +14,17 @@ file_builder two_tensors() {
   return file_builder().add("a.weight", {2, 3}, 1, 1.0f).add("b.bias", {5}, 2, 1.0f);
 }
 
+/// A sound file, to be changed and composed again.
+file_builder parsed(const std::vector<std::byte>& sound) {
+  std::uint64_t size = 0;
+  std::memcpy(&size, sound.data(), 8);
+  const char* text = reinterpret_cast<const char*>(sound.data()) + 8;
+  file_builder file;
+  file.header = nlohmann::json::parse(text, text + size);
+  file.data.assign(sound.begin() + 8 + static_cast<index_t>(size), sound.end());
+  return file;
+}
+
 std::string parse_error(const std::vector<std::byte>& bytes) {
   return error_of([&] { safetensors(bytes, "some.safetensors"); });
 }
@@ -223,12 +234,7 @@ TEST_CASE("a model file of version 1 says what it lacks") {
 
   const std::vector<std::byte> sound = tiny_bytes();
   const auto changed = [&](const char* key, auto value) {
-    std::uint64_t size = 0;
-    std::memcpy(&size, sound.data(), 8);
-    const char* text = reinterpret_cast<const char*>(sound.data()) + 8;
-    file_builder file;
-    file.header = nlohmann::json::parse(text, text + size);
-    file.data.assign(sound.begin() + 8 + static_cast<index_t>(size), sound.end());
+    file_builder file = parsed(sound);
     nlohmann::json config =
         nlohmann::json::parse(file.header["__metadata__"]["config"].get<std::string>());
     config[nlohmann::json::json_pointer(key)] = value;
@@ -252,13 +258,7 @@ namespace {
 /// The tiny model, whose file is of version 1, as one of version 2, with one value of its
 /// configuration changed.
 std::vector<std::byte> version2(const char* key = nullptr, const nlohmann::json& value = {}) {
-  const std::vector<std::byte> sound = tiny_bytes();
-  std::uint64_t size = 0;
-  std::memcpy(&size, sound.data(), 8);
-  const char* text = reinterpret_cast<const char*>(sound.data()) + 8;
-  file_builder file;
-  file.header = nlohmann::json::parse(text, text + size);
-  file.data.assign(sound.begin() + 8 + static_cast<index_t>(size), sound.end());
+  file_builder file = parsed(tiny_bytes());
   nlohmann::json& metadata = file.header["__metadata__"];
   const nlohmann::json old = nlohmann::json::parse(metadata["config"].get<std::string>());
   nlohmann::json config;

@@ -91,13 +91,13 @@ private:
   }
 };
 
-/// Preprocesses an image (H, W, 1) or (H, W, 3), grey repeated over the channels, as `policy` says:
-/// the longest side to `side` on 8 bits, normalised, zeros right and below. `out` is (side * side,
-/// 3).
-inline image_fit preprocess(view<const std::uint8_t> image, index_t side,
-                            const input_policy& policy, view<float> out) {
-  const index_t channels = image.extent(2);
-  const image_fit fit = image_fit::of(image.extent(0), image.extent(1), side, policy);
+/// Preprocesses an image (H, W, 1) or (H, W, 3), grey repeated over the channels, as the model's
+/// input_policy says: the longest side to that of its input, `side`, on 8 bits, normalised, zeros
+/// right and below. `out` is (side * side, 3).
+inline image_fit preprocess(view<const std::uint8_t> image, const sam& model, view<float> out) {
+  const input_policy& policy = model.config.input;
+  const index_t channels = image.extent(2), side = model.encoder.image_size();
+  const image_fit fit = image_fit::of(image.extent(0), image.extent(1), model);
   const index_t height = fit.input_height, width = fit.input_width;
   tensor<std::uint8_t> resized;
   view<const std::uint8_t> pixels = image;
@@ -125,11 +125,6 @@ inline image_fit preprocess(view<const std::uint8_t> image, index_t side,
         out[(y * side + x) * 3 + c] = values[static_cast<std::size_t>(c)][pixels[from]];
       }
   return fit;
-}
-
-/// The same for a model's input.
-inline image_fit preprocess(view<const std::uint8_t> image, const sam& model, view<float> out) {
-  return preprocess(image, model.encoder.image_size(), model.config.input, out);
 }
 
 /// Called after every step of a segmentation with the steps done and their total.

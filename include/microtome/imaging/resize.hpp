@@ -263,27 +263,42 @@ inline bilinear_tap bilinear_position(index_t i, index_t from, index_t to) {
   return {low, std::min(low + 1, from - 1), position - static_cast<float>(low)};
 }
 
-/// Bilinear interpolation of the top-left part (crop_h, crop_w) of `plane` (h, w) to the size of
-/// `out`, rows row_begin to row_end of it. Calls visit(y, x, value) for each pixel.
+/// bilinear_position of all `to` destination pixels.
+inline std::vector<bilinear_tap> bilinear_table(index_t from, index_t to) {
+  std::vector<bilinear_tap> taps(static_cast<std::size_t>(to));
+  for (index_t i = 0; i < to; ++i)
+    taps[static_cast<std::size_t>(i)] = bilinear_position(i, from, to);
+  return taps;
+}
+
+namespace detail {
+
+/// out = low + (high - low) * part over n floats: two rows become one between them.
+inline void mix_rows(index_t n, const float* low, const float* high, float part, float* out) {
+  for (index_t x = 0; x < n; ++x) out[x] = low[x] + (high[x] - low[x]) * part;
+}
+
+/// Calls visit(x, value) for each pixel of a row that is interpolated to `columns`.
+template <class Visit>
+void mix_columns(const float* row, const std::vector<bilinear_tap>& columns, Visit&& visit) {
+  index_t x = 0;
+  for (const bilinear_tap& tap : columns)
+    visit(x++, row[tap.low] + (row[tap.high] - row[tap.low]) * tap.part);
+}
+
+}  // namespace detail
+
+/// Bilinear interpolation of the top-left part (crop_h, crop_w) of `plane` (h, w) to (out_h,
+/// out_w), rows row_begin to row_end of it. Calls visit(y, x, value) for each pixel.
 template <class Visit>
 void resize_bilinear(view<const float> plane, index_t crop_h, index_t crop_w, index_t out_h,
                      index_t out_w, index_t row_begin, index_t row_end, Visit&& visit) {
-  std::vector<bilinear_tap> columns(static_cast<std::size_t>(out_w));
-  for (index_t x = 0; x < out_w; ++x)
-    columns[static_cast<std::size_t>(x)] = bilinear_position(x, crop_w, out_w);
+  const std::vector<bilinear_tap> columns = bilinear_table(crop_w, out_w);
   std::vector<float> row(static_cast<std::size_t>(crop_w));
   for (index_t y = row_begin; y < row_end; ++y) {
-    const bilinear_tap vertical = bilinear_position(y, crop_h, out_h);
-    const float* low = plane.row(vertical.low);
-    const float* high = plane.row(vertical.high);
-    for (std::size_t x = 0; x < row.size(); ++x)
-      row[x] = low[x] + (high[x] - low[x]) * vertical.part;
-    for (index_t x = 0; x < out_w; ++x) {
-      const bilinear_tap& tap = columns[static_cast<std::size_t>(x)];
-      const float left = row[static_cast<std::size_t>(tap.low)];
-      const float right = row[static_cast<std::size_t>(tap.high)];
-      visit(y, x, left + (right - left) * tap.part);
-    }
+    const bilinear_tap tap = bilinear_position(y, crop_h, out_h);
+    detail::mix_rows(crop_w, plane.row(tap.low), plane.row(tap.high), tap.part, row.data());
+    detail::mix_columns(row.data(), columns, [&](index_t x, float value) { visit(y, x, value); });
   }
 }
 
@@ -294,28 +309,29 @@ template <class Visit>
 void resize_bilinear_through(view<const float> plane, index_t frame, index_t crop_h, index_t crop_w,
                              index_t out_h, index_t out_w, index_t row_begin, index_t row_end,
                              Visit&& visit) {
-  if (plane.extent(0) == frame)
+  const index_t side = plane.extent(0);
+  if (side == frame)
     return resize_bilinear(plane, crop_h, crop_w, out_h, out_w, row_begin, row_end,
                            std::forward<Visit>(visit));
-  tensor<float> rows(shape{2, crop_w}), mixed(shape{1, crop_w});
+  std::vector<bilinear_tap> frame_columns = bilinear_table(side, frame);
+  frame_columns.resize(static_cast<std::size_t>(crop_w));
+  const std::vector<bilinear_tap> columns = bilinear_table(crop_w, out_w);
+  tensor<float> narrow(shape{side}), rows(shape{2, crop_w}), mixed(shape{crop_w});
   index_t held[2] = {-1, -1};  // which rows of the frame those are
   const auto frame_row = [&](index_t y) {
-    const index_t slot = y % 2;
-    if (held[slot] != y)
-      resize_bilinear(plane, plane.extent(0), plane.extent(1), frame, frame, y, y + 1,
-                      [&](index_t, index_t x, float value) {
-                        if (x < crop_w) rows[slot * crop_w + x] = value;
-                      });
-    held[slot] = y;
-    return rows.row(slot);
+    float* row = rows.row(y % 2);
+    if (std::exchange(held[y % 2], y) == y) return row;
+    const bilinear_tap tap = bilinear_position(y, side, frame);
+    detail::mix_rows(side, plane.row(tap.low), plane.row(tap.high), tap.part, narrow.data());
+    detail::mix_columns(narrow.data(), frame_columns, [&](index_t x, float v) { row[x] = v; });
+    return row;
   };
   for (index_t y = row_begin; y < row_end; ++y) {
-    const bilinear_tap vertical = bilinear_position(y, crop_h, out_h);
-    const float* low = frame_row(vertical.low);
-    const float* high = frame_row(vertical.high);
-    for (index_t x = 0; x < crop_w; ++x) mixed[x] = low[x] + (high[x] - low[x]) * vertical.part;
-    resize_bilinear(mixed, 1, crop_w, 1, out_w, 0, 1,
-                    [&](index_t, index_t x, float value) { visit(y, x, value); });
+    const bilinear_tap tap = bilinear_position(y, crop_h, out_h);
+    const float* low = frame_row(tap.low);
+    const float* high = frame_row(tap.high);
+    detail::mix_rows(crop_w, low, high, tap.part, mixed.data());
+    detail::mix_columns(mixed.data(), columns, [&](index_t x, float value) { visit(y, x, value); });
   }
 }
 

@@ -72,8 +72,6 @@ public:
     fail(file_, ": config ", path_, key, " is '", found, "', expected one of: ", names);
   }
 
-  bool contains(const char* key) const { return object_->contains(key); }
-
   const nlohmann::json& at(const char* key) const {
     const auto found = object_->find(key);
     if (found == object_->end()) fail(file_, ": config lacks ", path_, key);

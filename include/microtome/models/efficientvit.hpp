@@ -314,14 +314,14 @@ private:
       if (i + 1 < inputs.size()) add_bicubic(ws, own, into_neck[i], size, embedding);
     }
     ws.record(name_ + ".neck.sum", embedding, layout::pixels, size.width);
-    std::copy(embedding.begin(), embedding.end(), maps[0]);
+    view<const float> x = embedding;
     for (std::size_t i = 0; i < middle.size(); ++i) {
-      middle[i](ws, size, view<const float>(maps[0], tokens), view<float>(maps[1], tokens));
-      std::swap(maps[0], maps[1]);
-      ws.record(name_ + ".neck.middle.op_list." + std::to_string(i), {maps[0], tokens},
-                layout::pixels, size.width);
+      const view<float> y(maps[i % 2], tokens);
+      middle[i](ws, size, x, y);
+      ws.record(name_ + ".neck.middle.op_list." + std::to_string(i), y, layout::pixels, size.width);
+      x = y;
     }
-    output(ws, {maps[0], tokens}, embedding);
+    output(ws, x, embedding);
     ws.record(name_ + ".neck.output_ops.0", embedding, layout::pixels, size.width);
     norm(ws, embedding, embedding);
   }
@@ -333,7 +333,7 @@ inline efficientvit_config efficientvit_config::from(const config_reader& json) 
   config.head_dim = json.number("head_dim", 1, 256);
   config.attention_side = json.number("attention_side", 3, 5);
   if (config.attention_side == 4) json.refuse("attention_side is 4, expected 3 or 5");
-  config.neck_depth = json.number("neck_depth", 0, 64);
+  config.neck_depth = json.number("neck_depth", 1, 64);
   config.neck_expand = json.number("neck_expand", 1, 16);
   config.embed_dim = json.number("embed_dim", 8, 4096);
   for (const config_reader& part : json.objects("stages", 3, 8)) {

@@ -71,12 +71,6 @@ public:
     return with([](const auto& encoder) { return encoder.parts(); });
   }
 
-  /// The encoder itself. Throws std::bad_variant_access where it is another.
-  template <class Encoder>
-  const Encoder& get() const {
-    return std::get<Encoder>(encoder_);
-  }
-
   /// image (image_size^2, 3), normalised -> embedding (embedding_size().tokens(), embed_dim).
   void operator()(workspace& ws, view<const float> image, view<float> embedding) const {
     with([&](const auto& encoder) { encoder(ws, image, embedding); });
