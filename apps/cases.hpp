@@ -71,11 +71,12 @@ inline std::vector<std::filesystem::path> find_cases(const std::string& input) {
 
 inline label_map segment_case(session& s, const io::segmentation_case& input,
                               const progress_callback& step = {},
-                              const bad_box_callback& bad_box = {}) {
+                              const bad_box_callback& bad_box = {}, bool multimask = false,
+                              const mask_callback& found = {}) {
   if (const auto* image = std::get_if<io::image_case>(&input))
-    return segment(s, image->image, image->boxes, bad_box);
+    return segment(s, image->image, image->prompts, multimask, bad_box, found);
   const auto& volume = std::get<io::volume_case>(input);
-  return segment(s, volume.volume, volume.boxes, step, bad_box);
+  return segment(s, volume.volume, volume.boxes, step, bad_box, multimask);
 }
 
 }  // namespace microtome::app

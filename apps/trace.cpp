@@ -77,11 +77,13 @@ int run_trace(const trace_options& options) {
   if (trace.wants("input")) trace.record("input", pixels, layout::pixels, side);
   s.encode(pixels);
   std::vector<box> boxes;
-  for (std::size_t i = 0; i < image->boxes.size(); ++i) {
-    if (const std::string bad = box_complaint(image->boxes[i], i, fit.height, fit.width);
-        !bad.empty())
+  for (std::size_t i = 0; i < image->prompts.size(); ++i) {
+    const image_prompt& prompt = image->prompts[i];
+    if (!prompt.box || !prompt.points.empty())
+      fail(options.input, ": object ", i, " has points; trace takes boxes alone");
+    if (const std::string bad = box_complaint(*prompt.box, i, fit.height, fit.width); !bad.empty())
       fail(options.input, ": ", bad);
-    boxes.push_back(fit.to_frame(image->boxes[i]));
+    boxes.push_back(fit.to_frame(*prompt.box));
   }
   const decoded_masks masks = s.decode(boxes);
   trace.add("low_res_masks", masks.low_res_masks);

@@ -13,7 +13,6 @@ import zipfile
 
 import cv2
 import numpy as np
-import PIL.Image
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -141,6 +140,9 @@ def make_bomb(path):
 
 def make_antialiased():
     """What Pillow makes of images: shrunk, enlarged, one axis alone."""
+    # Imported here: tests take this module's configurations, and have no Pillow.
+    import PIL.Image
+
     rng = np.random.default_rng(12)
     arrays = {}
     for i, (before, after) in enumerate(((( 97, 131), (38, 52)), ((31, 45), (36, 52)), ((20, 33), (20, 52)),

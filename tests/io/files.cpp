@@ -199,13 +199,13 @@ TEST_CASE("cases: shapes decide, and what does not fit is named") {
   grey.add<float>("boxes", counted<float>({1, 4}));
   grey.write(folder / "grey.npz");
   const auto c = io::read_case(folder / "flat.npz");
-  CHECK(std::get<io::image_case>(c).boxes[0].x1 == 3);
+  CHECK(std::get<io::image_case>(c).prompts[0].box->x1 == 3);
   const auto d = io::read_case(folder / "deep.npz");
   CHECK(std::get<io::volume_case>(d).boxes.size() == 2);
   CHECK(std::get<io::volume_case>(d).boxes[0].z1 == 3);
   const auto g = io::read_case(folder / "grey.npz");
   CHECK(std::get<io::image_case>(g).image.extents() == shape{6, 5, 1});
-  CHECK(std::get<io::image_case>(g).boxes[0].y0 == 7);
+  CHECK(std::get<io::image_case>(g).prompts[0].box->y0 == 7);
 
   const fs::path path = folder / "bad.npz";
   CHECK(mentions(case_error(path, counted<float>({6, 5, 3}), boxes2),

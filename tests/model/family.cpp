@@ -160,7 +160,7 @@ void check_model(const std::string& name, const std::string& answers, bool winog
   }
   s.set_tracer(nullptr);
 
-  const std::vector<box> boxes{fit.to_frame(c.boxes[0]), fit.to_frame(c.boxes[1])};
+  const std::vector<box> boxes{fit.to_frame(*c.prompts[0].box), fit.to_frame(*c.prompts[1].box)};
   const tensor<float> scaled = read_floats(file, "boxes.scaled");
   CHECK(std::abs(boxes[1].x1 - scaled[6]) <= 1e-4);
   const decoded_masks two = s.decode(boxes);

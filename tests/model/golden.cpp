@@ -99,7 +99,7 @@ TEST_SUITE("golden" * doctest::skip(!has_golden_data())) {
     const io::segmentation_case read = io::read_case(shared / "data" / "mammography_2d.npz");
     const auto& c = std::get<io::image_case>(read);
     const io::npz_reader file(shared / "golden" / "lite_medsam_s20.npz");
-    CHECK(share_of_different(segment(s, c.image, c.boxes), tests::read_labels(file, "segs")) <=
+    CHECK(share_of_different(segment(s, c.image, c.prompts), tests::read_labels(file, "segs")) <=
           1e-4);
   }
 

@@ -52,7 +52,7 @@ label_map one_by_one(const tensor<std::uint8_t>& volume, std::span<const voxel_b
   };
   for (std::size_t i = 0; i < boxes.size(); ++i) {
     const voxel_box& b = boxes[i];
-    const box original = fit.to_frame({b.x0, b.y0, b.x1, b.y1});
+    const box original = fit.to_frame(pixel_box{b.x0, b.y0, b.x1, b.y1});
     const index_t last = std::min(b.z1, depth - 1), middle = (b.z0 + b.z1) / 2;
     label_map mine(volume.extents());
     const auto keep = [&](index_t z, const tensor<std::uint8_t>& mask) {

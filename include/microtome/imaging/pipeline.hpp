@@ -10,35 +10,20 @@
 #include <map>
 #include <optional>
 #include <span>
-#include <sstream>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include <microtome/imaging/prompts.hpp>
 #include <microtome/imaging/resize.hpp>
 #include <microtome/models/sam.hpp>
 
 namespace microtome {
 
-/// A box around one object in pixels of the original image, from x0, y0 to x1, y1.
-struct pixel_box {
-  index_t x0 = 0, y0 = 0, x1 = 0, y1 = 0;
-};
-
-/// A box in a volume; slices z0 to z1, both included.
-struct voxel_box {
-  index_t x0 = 0, y0 = 0, z0 = 0, x1 = 0, y1 = 0, z1 = 0;
-};
-
-/// The slice that an object is prompted on first.
-inline index_t middle_slice(const voxel_box& b) {
-  return (b.z0 + b.z1) / 2;
-}
-
 /// Labels of an image (H, W) or volume (D, H, W): 0 is background, i + 1 is the i-th box.
 using label_map = tensor<std::uint16_t>;
 
-/// Boxes that one image or volume may have.
+/// Objects that one image or volume may have.
 inline constexpr index_t max_boxes = 65535;
 
 /// How an image was fitted into a model's square input, and into the square frame of prompts and
@@ -72,10 +57,11 @@ struct image_fit {
   }
 
   /// A box in the frame. LiteMedSAM truncates coordinates to whole pixels.
-  box to_frame(const pixel_box& b) const {
-    return {to_frame_x(static_cast<double>(b.x0)), to_frame_y(static_cast<double>(b.y0)),
-            to_frame_x(static_cast<double>(b.x1)), to_frame_y(static_cast<double>(b.y1))};
+
+  box to_frame(const image_box& b) const {
+    return {to_frame_x(b.x0), to_frame_y(b.y0), to_frame_x(b.x1), to_frame_y(b.y1)};
   }
+  point to_frame(const image_point& p) const { return {to_frame_x(p.x), to_frame_y(p.y), p.label}; }
 
   float to_frame_x(double x) const { return scaled(x, frame_width, width); }
   float to_frame_y(double y) const { return scaled(y, frame_height, height); }
@@ -130,41 +116,15 @@ inline image_fit preprocess(view<const std::uint8_t> image, const sam& model, vi
 /// Called after every step of a segmentation with the steps done and their total.
 using progress_callback = std::function<void(index_t done, index_t total)>;
 
-/// Called with a box that cannot be segmented, by its number from 0, and what is wrong with it.
+/// Called with an object that cannot be segmented, by its number from 0, and what is wrong with its
+/// box or its other prompts.
 using bad_box_callback = std::function<void(std::size_t number, const std::string& complaint)>;
 
-/// What is wrong with box `number` in an image of height x width pixels; empty where nothing is. As
-/// for LiteMedSAM's script, a box may be as thin as a line (tools that count the last pixel in
-/// write x0 = x1 for one column) and may reach outside, as long as it touches the image.
-inline std::string box_complaint(const pixel_box& b, std::size_t number, index_t height,
-                                 index_t width) {
-  const char* problem = nullptr;
-  if (b.x0 > b.x1 || b.y0 > b.y1)
-    problem = " is reversed: expected x0 <= x1 and y0 <= y1";
-  else if (b.x1 < 0 || b.y1 < 0 || b.x0 > width || b.y0 > height)
-    problem = " lies outside the image of ";
-  if (!problem) return "";
-  std::ostringstream text;
-  text << "box " << number << " (" << b.x0 << ", " << b.y0 << ", " << b.x1 << ", " << b.y1 << ')'
-       << problem;
-  if (b.x0 <= b.x1 && b.y0 <= b.y1) text << width << " x " << height << " pixels";
-  return text.str();
-}
-
-/// What is wrong with box `number` in a volume (D, H, W) of `extents`; empty where nothing is. Its
-/// slices may reach outside, too, but the middle one may not.
-inline std::string box_complaint(const voxel_box& b, std::size_t number, const shape& extents) {
-  const std::string plane =
-      box_complaint(pixel_box{b.x0, b.y0, b.x1, b.y1}, number, extents[1], extents[2]);
-  if (!plane.empty()) return plane;
-  std::ostringstream text;
-  if (b.z0 > b.z1)
-    text << "box " << number << " is reversed: z0 = " << b.z0 << " is above z1 = " << b.z1;
-  else if (b.z0 + b.z1 < 0 || middle_slice(b) >= extents[0])
-    text << "box " << number << " spans slices " << b.z0 << " to " << b.z1
-         << ", whose middle is outside the volume of " << extents[0] << " slices";
-  return text.str();
-}
+/// Called with what was found for an object, by its number from 0: logits (side, side) in the
+/// prompts' frame, which are overwritten afterwards, and the IoU that the model expects them to
+/// have with the object.
+using mask_callback =
+    std::function<void(std::size_t number, view<const float> logits, float predicted_iou)>;
 
 namespace detail {
 
@@ -183,10 +143,18 @@ inline bool good_box(const std::string& complaint, std::size_t number,
   return false;
 }
 
-/// Mask `i` of those with one per prompt.
+/// Of the masks of prompt `i` the one that the model expects most of.
+inline index_t best_mask(const decoded_masks& masks, index_t i) {
+  const index_t count = masks.iou_predictions.extent(1);
+  const float* iou = masks.iou_predictions.row(i);
+  return i * count + std::distance(iou, std::max_element(iou, iou + count));
+}
+
+/// That mask, (side, side).
 inline view<const float> mask_of(const decoded_masks& masks, index_t i) {
   const shape& extents = masks.low_res_masks.extents();
-  return {masks.low_res_masks.row(i), {extents[2], extents[3]}};
+  const index_t pixels = extents[2] * extents[3];
+  return {masks.low_res_masks.data() + best_mask(masks, i) * pixels, {extents[2], extents[3]}};
 }
 
 /// Draws a mask, logits (side, side), over `labels` (H, W) at full resolution, rows shared out over
@@ -206,34 +174,107 @@ void draw_mask(int threads, view<const float> logits, const image_fit& fit, Labe
 
 }  // namespace detail
 
-/// Segments an image (H, W, 3) or (H, W, 1): one mask per box, later boxes over earlier ones.
-/// Throws `error` where box_complaint() has something to say about a box, before anything is
-/// computed; or tells `bad_box` of it and leaves its label out.
-inline label_map segment(session& s, view<const std::uint8_t> image,
-                         std::span<const pixel_box> boxes, const bad_box_callback& bad_box = {}) {
-  detail::check_box_count(boxes.size());
-  std::vector<std::size_t> good;
-  for (std::size_t i = 0; i < boxes.size(); ++i)
-    if (detail::good_box(box_complaint(boxes[i], i, image.extent(0), image.extent(1)), i, bad_box))
-      good.push_back(i);
-  label_map labels(shape{image.extent(0), image.extent(1)});
-  if (good.empty()) return labels;
+/// Draws a mask, logits (side, side) as `decode` and mask_callback give them, at the full
+/// resolution of the image: 0 or 1, (H, W).
+inline tensor<std::uint8_t> full_mask(const session& s, view<const float> logits,
+                                      const image_fit& fit) {
+  tensor<std::uint8_t> mask(shape{fit.height, fit.width});
+  detail::draw_mask(s.threads(), logits, fit, std::uint8_t{1}, mask);
+  return mask;
+}
 
+namespace detail {
+
+/// The numbers of the prompts that can be segmented; of the others `bad_prompt` is told.
+inline std::vector<std::size_t> good_prompts(std::span<const image_prompt> prompts,
+                                             const image_fit& fit, index_t mask_side,
+                                             const bad_box_callback& bad_prompt) {
+  check_box_count(prompts.size());
+  std::vector<std::size_t> good;
+  for (std::size_t i = 0; i < prompts.size(); ++i)
+    if (good_box(prompt_complaint(prompts[i], i, fit.height, fit.width, mask_side), i, bad_prompt))
+      good.push_back(i);
+  return good;
+}
+
+/// Decodes those prompts in their order, boxes alone together.
+inline void decode(session& s, const image_fit& fit, std::span<const image_prompt> prompts,
+                   std::span<const std::size_t> good, bool multimask, const mask_callback& found) {
+  constexpr std::size_t at_once = 32;
+  std::vector<std::size_t> waiting;  // the numbers of the boxes that are to be decoded together
+  std::vector<box> boxes;
+  const auto tell = [&](std::size_t number, const decoded_masks& masks, std::size_t i) {
+    const auto row = static_cast<index_t>(i);
+    found(number, mask_of(masks, row), masks.iou_predictions[best_mask(masks, row)]);
+  };
+  const auto decode_boxes = [&] {
+    if (boxes.empty()) return;
+    const decoded_masks masks = s.decode(boxes, multimask);
+    for (std::size_t i = 0; i < boxes.size(); ++i) tell(waiting[i], masks, i);
+    waiting.clear();
+    boxes.clear();
+  };
+  for (const std::size_t number : good) {
+    const image_prompt& prompt = prompts[number];
+    std::optional<box> bounds;
+    if (prompt.box) bounds = fit.to_frame(*prompt.box);
+    if (prompt.points.empty() && prompt.mask.empty()) {
+      waiting.push_back(number);
+      boxes.push_back(*bounds);
+      if (boxes.size() == at_once) decode_boxes();
+      continue;
+    }
+    decode_boxes();
+    std::vector<point> points;
+    for (const image_point& p : prompt.points) points.push_back(fit.to_frame(p));
+    view<const float> mask;
+    if (!prompt.mask.empty()) mask = {prompt.mask.data(), {s.mask_side(), s.mask_side()}};
+    tell(number, s.decode(points, bounds, mask, multimask), 0);
+  }
+  decode_boxes();
+}
+
+}  // namespace detail
+
+/// Finds the object of each prompt in the image that `s` has encoded, and that was fitted so. With
+/// `multimask` the model proposes three masks, and the one that it expects most of is taken: for a
+/// single point, which may mean a part or the whole. Throws `error` where prompt_complaint() has
+/// something to say, before anything is computed; or tells `bad_prompt` of it and goes on.
+inline void decode_prompts(session& s, const image_fit& fit, std::span<const image_prompt> prompts,
+                           bool multimask, const mask_callback& found,
+                           const bad_box_callback& bad_prompt = {}) {
+  detail::decode(s, fit, prompts, detail::good_prompts(prompts, fit, s.mask_side(), bad_prompt),
+                 multimask, found);
+}
+
+/// Segments an image (H, W, 3) or (H, W, 1): one mask per prompt, as decode_prompts() finds them,
+/// later ones over earlier ones; `found` is told of each. What cannot be segmented leaves its label
+/// out.
+inline label_map segment(session& s, view<const std::uint8_t> image,
+                         std::span<const image_prompt> prompts, bool multimask = false,
+                         const bad_box_callback& bad_prompt = {}, const mask_callback& found = {}) {
+  const image_fit fit = image_fit::of(image.extent(0), image.extent(1), s.model());
+  const std::vector<std::size_t> good =
+      detail::good_prompts(prompts, fit, s.mask_side(), bad_prompt);
+  label_map labels(shape{fit.height, fit.width});
+  if (good.empty()) return labels;
   const index_t side = s.model().encoder.image_size();
   tensor<float> input(shape{side * side, 3});
-  const image_fit fit = preprocess(image, s.model(), input);
+  preprocess(image, s.model(), input);
   s.encode(input);
-  constexpr std::size_t at_once = 32;
-  for (std::size_t start = 0; start < good.size(); start += at_once) {
-    std::vector<box> prompts;
-    for (std::size_t i = start; i < std::min(good.size(), start + at_once); ++i)
-      prompts.push_back(fit.to_frame(boxes[good[i]]));
-    const decoded_masks masks = s.decode(prompts);
-    for (std::size_t i = 0; i < prompts.size(); ++i)
-      detail::draw_mask(s.threads(), detail::mask_of(masks, static_cast<index_t>(i)), fit,
-                        static_cast<std::uint16_t>(good[start + i] + 1), labels);
-  }
+  detail::decode(s, fit, prompts, good, multimask,
+                 [&](std::size_t number, view<const float> logits, float predicted_iou) {
+                   detail::draw_mask(s.threads(), logits, fit,
+                                     static_cast<std::uint16_t>(number + 1), labels);
+                   if (found) found(number, logits, predicted_iou);
+                 });
   return labels;
+}
+
+/// The same of boxes in whole pixels.
+inline label_map segment(session& s, view<const std::uint8_t> image,
+                         std::span<const pixel_box> boxes, const bad_box_callback& bad_box = {}) {
+  return segment(s, image, std::vector<image_prompt>(boxes.begin(), boxes.end()), false, bad_box);
 }
 
 /// Segments a volume (D, H, W) slice by slice, each object from the middle of its box outwards.
@@ -254,8 +295,9 @@ class volume_segmenter {
 public:
   /// `volume` must outlive this object. Bad boxes are thrown or told of, as by segment().
   volume_segmenter(session& s, view<const std::uint8_t> volume, std::span<const voxel_box> boxes,
-                   const bad_box_callback& bad_box = {})
+                   const bad_box_callback& bad_box = {}, bool multimask = false)
       : session_(s),
+        multimask_(multimask),
         volume_(volume),
         fit_(image_fit::of(volume.extent(1), volume.extent(2), s.model())),
         input_(shape{s.model().encoder.image_size() * s.model().encoder.image_size(), 3}),
@@ -296,7 +338,7 @@ private:
   };
 
   void add_object(const voxel_box& b, std::size_t i) {
-    const box prompt = fit_.to_frame({b.x0, b.y0, b.x1, b.y1});
+    const box prompt = fit_.to_frame(pixel_box{b.x0, b.y0, b.x1, b.y1});
     objects_.push_back({std::max<index_t>(b.z0, 0), middle_slice(b),
                         std::min(b.z1, volume_.extent(0) - 1), prompt,
                         static_cast<std::uint16_t>(i + 1), prompt, prompt});
@@ -314,7 +356,7 @@ private:
       }
     if (active_.empty()) return 0;
     encode(z, up);
-    const decoded_masks masks = session_.decode(prompts_);
+    const decoded_masks masks = session_.decode(prompts_, multimask_);
     const view<std::uint16_t> slice(labels_.row(z), {fit_.height, fit_.width});
     for (std::size_t i = 0; i < active_.size(); ++i) {
       object& o = *active_[i];
@@ -377,6 +419,7 @@ private:
   static constexpr std::size_t max_kept = 32;
 
   session& session_;
+  bool multimask_;
   view<const std::uint8_t> volume_;
   image_fit fit_;
   tensor<float> input_;
@@ -391,8 +434,8 @@ private:
 /// Segments a volume (D, H, W); see volume_segmenter. `progress` counts objects times slices.
 inline label_map segment(session& s, view<const std::uint8_t> volume,
                          std::span<const voxel_box> boxes, const progress_callback& progress = {},
-                         const bad_box_callback& bad_box = {}) {
-  return volume_segmenter(s, volume, boxes, bad_box).run(progress);
+                         const bad_box_callback& bad_box = {}, bool multimask = false) {
+  return volume_segmenter(s, volume, boxes, bad_box, multimask).run(progress);
 }
 
 }  // namespace microtome

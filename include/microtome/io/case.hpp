@@ -18,10 +18,10 @@
 
 namespace microtome::io {
 
-/// An image (H, W, 3) and the boxes in it.
+/// An image (H, W, 3) or (H, W, 1) and what points out the objects in it.
 struct image_case {
   tensor<std::uint8_t> image;
-  std::vector<pixel_box> boxes;
+  std::vector<image_prompt> prompts;
   std::string note;  ///< what reading it has changed, for people; usually empty
 };
 
@@ -75,20 +75,47 @@ inline std::vector<index_t> whole_numbers(const npy_array& array, const std::str
   return whole;
 }
 
+/// Adds the array `points` of a case to the prompts that its boxes have made.
+inline void read_points(const npz_reader& file, std::vector<image_prompt>& prompts) {
+  const npy_array array = file.read("points");
+  const shape& extents = array.header.extents;
+  const std::string what = file.name() + ": array 'points'";
+  if (extents.size() == 0) return;
+  if (extents.rank() != 2 || extents[1] != 4)
+    fail(what, " has shape ", to_string(extents), ", expected (N, 4): x, y, label, object");
+  const std::vector<double> rows = numbers(array, what);
+  const std::size_t most = prompts.size() + rows.size() / 4;
+  for (std::size_t i = 0; i + 3 < rows.size(); i += 4) {
+    const double label = rows[i + 2], object = rows[i + 3];
+    if (label != 0 && label != 1)
+      fail(what, " holds label ", label, ", expected 1 inside the object or 0 outside");
+    if (!(object >= 1 && object <= static_cast<double>(most)) || object != std::floor(object))
+      fail(what, " holds object ", object, ", expected a number from 1");
+    prompts.resize(std::max(prompts.size(), static_cast<std::size_t>(object)));
+    prompts[static_cast<std::size_t>(object) - 1].points.push_back(
+        {rows[i], rows[i + 1], static_cast<int>(label)});
+  }
+}
+
 }  // namespace detail
 
 /// Reads a case from a .npz file: `imgs`, uint8, (H, W, 3) or (H, W) with `boxes` (N, 4) as x0, y0,
 /// x1, y1, or (D, H, W) with `boxes` (N, 6) as x0, y0, z0, x1, y1, z1. The shapes decide which it
-/// is. Throws `error` naming file and array.
+/// is. An image may have `points` (M, 4), too, or instead: x, y, label (1 inside the object, 0
+/// outside) and the number of the object, from 1; the objects of the boxes are the first. Throws
+/// `error` naming file and array.
 inline segmentation_case read_case(const npz_reader& file) {
   const std::string& name = file.name();
-  npy_array boxes = file.read("boxes");
+  const bool clicked = file.contains("points");
+  npy_array boxes;
+  if (!clicked || file.contains("boxes")) boxes = file.read("boxes");
   const shape& box_shape = boxes.header.extents;
   const std::string what = name + ": array 'boxes'";
   const bool none = box_shape.size() == 0;
   if (!none && (box_shape.rank() != 2 || (box_shape[1] != 4 && box_shape[1] != 6)))
     fail(what, " has shape ", to_string(box_shape), ", expected (N, 4) or (N, 6)");
-  const std::vector<index_t> numbers = detail::whole_numbers(boxes, what);
+  std::vector<index_t> numbers;
+  if (!none) numbers = detail::whole_numbers(boxes, what);
 
   npy_array imgs = file.read("imgs");
   const shape extents = imgs.header.extents;
@@ -103,6 +130,7 @@ inline segmentation_case read_case(const npz_reader& file) {
          ", expected (H, W, 3) with (N, 4) or (D, H, W) with (N, 6), not empty");
 
   if (volume) {
+    if (clicked) fail(name, ": array 'points' beside a volume; points are for images");
     volume_case result{std::move(imgs.bytes).reshaped(extents), {}};
     for (std::size_t i = 0; i + 5 < numbers.size(); i += 6)
       result.boxes.push_back({numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3],
@@ -114,12 +142,39 @@ inline segmentation_case read_case(const npz_reader& file) {
       {},
       {}};
   for (std::size_t i = 0; i + 3 < numbers.size(); i += 4)
-    result.boxes.push_back({numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]});
+    result.prompts.emplace_back(
+        pixel_box{numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]});
+  if (clicked) detail::read_points(file, result.prompts);
   return result;
 }
 
 inline segmentation_case read_case(const std::filesystem::path& path) {
   return read_case(npz_reader(path));
+}
+
+/// Gives each of the prompts its mask of `low_res_masks`, float32, (prompts, side, side) or
+/// (prompts, 1, side, side), of a .npz file, as write_logits() writes it. Where there are no
+/// prompts yet, the masks are.
+inline void read_logits(const std::filesystem::path& path, std::vector<image_prompt>& prompts) {
+  const npz_reader file(path);
+  const npy_array array = file.read("low_res_masks");
+  const shape& extents = array.header.extents;
+  const std::string what = file.name() + ": array 'low_res_masks'";
+  if (array.header.dtype != "<f4")
+    fail(what, " has dtype '", array.header.dtype, "', expected '<f4' (float32)");
+  if (extents.rank() < 3 || extents.size() == 0 || (extents.rank() == 4 && extents[1] != 1))
+    fail(what, " has shape ", to_string(extents), ", expected (objects, side, side), not empty");
+  if (prompts.empty()) prompts.resize(static_cast<std::size_t>(std::min(extents[0], max_boxes)));
+  const auto objects = static_cast<index_t>(prompts.size());
+  if (extents[0] != objects)
+    fail(what, " has masks of ", extents[0], " objects, expected ", objects);
+  const index_t pixels = extents.size() / objects;
+  for (index_t i = 0; i < objects; ++i) {
+    std::vector<float>& mask = prompts[static_cast<std::size_t>(i)].mask;
+    mask.resize(static_cast<std::size_t>(pixels));
+    std::memcpy(mask.data(), array.bytes.data() + i * pixels * 4,
+                static_cast<std::size_t>(pixels) * 4);
+  }
 }
 
 /// Reads a label map from array `name` of a .npz file: whole numbers from 0 to 65535, (H, W) or
@@ -178,6 +233,20 @@ inline void write_segs(const std::filesystem::path& path, const label_map& label
   } else {
     file.add<std::uint16_t>("segs", labels);
   }
+  file.write(path);
+}
+
+/// What decoding found for the objects of an image, for later decodings.
+struct object_logits {
+  tensor<float> low_res_masks;    ///< (objects, side, side), logits
+  tensor<float> iou_predictions;  ///< (objects), NaN where an object could not be segmented
+};
+
+/// Writes `low_res_masks` and `iou_predictions` of a .npz file. All or nothing.
+inline void write_logits(const std::filesystem::path& path, const object_logits& found) {
+  npz_writer file;
+  file.add<float>("low_res_masks", found.low_res_masks);
+  file.add<float>("iou_predictions", found.iou_predictions);
   file.write(path);
 }
 

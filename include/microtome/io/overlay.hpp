@@ -3,6 +3,7 @@
 #include <kernels/macros_off.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <span>
 
@@ -14,6 +15,12 @@ namespace microtome::io {
 /// A box to draw, in the colour of its label.
 struct labelled_box {
   pixel_box box;
+  int label = 0;
+};
+
+/// A click to draw, likewise.
+struct labelled_point {
+  image_point point;
   int label = 0;
 };
 
@@ -75,6 +82,25 @@ public:
     }
   }
 
+  /// A disc where a click is inside its object, a ring where it is outside, each with a white rim.
+  void paint_point(const labelled_point& p) {
+    const auto zoom = static_cast<double>(zoom_);
+    const double radius = 4.0 * static_cast<double>(line_);
+    const double x = p.point.x * zoom, y = p.point.y * zoom;
+    const auto first = [](double v) { return std::max<index_t>(0, static_cast<index_t>(v)); };
+    for (index_t row = first(y - radius); row < std::min(height_, first(y + radius + 1)); ++row)
+      for (index_t column = first(x - radius); column < std::min(width_, first(x + radius + 1));
+           ++column) {
+        const double away =
+            std::hypot(static_cast<double>(column) + 0.5 - x, static_cast<double>(row) + 0.5 - y);
+        if (away > radius) continue;
+        if (away > 0.75 * radius)
+          blend(row, column, {255, 255, 255}, 1.0);
+        else if (p.point.label == 1 || away > 0.4 * radius)
+          blend(row, column, label_color(p.label), 1.0);
+      }
+  }
+
   tensor<std::uint8_t> take() { return std::move(picture_); }
 
 private:
@@ -96,15 +122,17 @@ private:
 }  // namespace detail
 
 /// A picture to look at (H', W', 3): the image (H, W, 3) or (H, W, 1), its masks (H, W) translucent
-/// in distinct colours with sharp borders, and the boxes dashed. Small images are enlarged by a
-/// whole factor to at least 512 pixels.
+/// in distinct colours with sharp borders, the boxes dashed, and the clicks. Small images are
+/// enlarged by a whole factor to at least 512 pixels.
 inline tensor<std::uint8_t> make_overlay(view<const std::uint8_t> image,
                                          view<const std::uint16_t> labels,
-                                         std::span<const labelled_box> boxes) {
+                                         std::span<const labelled_box> boxes,
+                                         std::span<const labelled_point> points = {}) {
   const index_t longest = std::max(image.extent(0), image.extent(1));
   detail::overlay_painter painter(image, std::max<index_t>(1, (511 + longest) / longest));
   painter.paint_masks(labels);
   for (const labelled_box& b : boxes) painter.paint_box(b);
+  for (const labelled_point& p : points) painter.paint_point(p);
   return painter.take();
 }
 

@@ -27,6 +27,9 @@ struct point {
   int label = 1;
 };
 
+/// The largest number of points in one prompt.
+inline constexpr index_t max_prompt_points = 64;
+
 /// SAM's prompt encoder (Kirillov et al., Segment Anything, 2023): points and box corners become
 /// tokens, a mask becomes a dense map that is added to the image embedding.
 class prompt_encoder {

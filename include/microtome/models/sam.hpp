@@ -121,12 +121,13 @@ public:
     use_no_mask();
   }
 
-  /// One mask per box, decoded together: low_res_masks (boxes, 1, side, side) and iou_predictions
-  /// (boxes, 1). The views hold until the next call. Allocates only where there are more boxes than
-  /// in any call before.
-  decoded_masks decode(std::span<const box> boxes) {
+  /// One mask per box, or three for `multimask`, decoded together: low_res_masks (boxes, masks,
+  /// side, side) and iou_predictions (boxes, masks). The views hold until the next call. Allocates
+  /// only where there are more boxes than in any call before.
+  decoded_masks decode(std::span<const box> boxes, bool multimask = false) {
     const index_t count = static_cast<index_t>(boxes.size());
-    const decoded_masks out = room_for(count, 1);
+    const index_t masks = model_.decoder.masks(multimask);
+    const decoded_masks out = room_for(count, masks);
     const index_t dim = model_.config.embed_dim;
     for (index_t start = 0; start < count; start += batch) {
       const index_t n = std::min(batch, count - start);
@@ -135,15 +136,14 @@ public:
       for (index_t i = 0; i < n; ++i)
         model_.prompts.encode(boxes[static_cast<std::size_t>(start + i)],
                               sparse.row(i * prompt_encoder::box_tokens));
-      const decoded_masks part{{out.low_res_masks.row(start), {n, 1, mask_side(), mask_side()}},
-                               {out.iou_predictions.row(start), {n, 1}}};
-      model_.decoder(ws_, prepared(), sparse, n, false, part);
+      const decoded_masks part{{out.low_res_masks.row(start), {n, masks, mask_side(), mask_side()}},
+                               {out.iou_predictions.row(start), {n, masks}}};
+      model_.decoder(ws_, prepared(), sparse, n, multimask, part);
     }
     return out;
   }
 
-  /// The largest number of points in one prompt.
-  static constexpr index_t max_points = 64;
+  static constexpr index_t max_points = max_prompt_points;
 
   /// One prompt of points, perhaps a box and perhaps a mask (side, side) of logits from an earlier
   /// decoding; three masks for `multimask`, one otherwise.
