@@ -2,6 +2,9 @@
 #ifdef __linux__
 #include <unistd.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <csignal>
 #include <cstdio>
@@ -139,6 +142,12 @@ int main(int argc, char** argv) {
   if (dropped) ::execv("/proc/self/exe", argv);
 #else
   static_cast<void>(dropped);
+#endif
+#ifdef __GLIBC__
+  // A weight is read, rearranged and packed: what is given back then returns to the system at once.
+  // By itself glibc would, once it has seen such a block, keep the next ones in a heap full of
+  // gaps.
+  mallopt(M_MMAP_THRESHOLD, 1 << 20);
 #endif
   let_writing_fail();
   std::set_terminate(end_for_want_of_memory);

@@ -157,6 +157,16 @@ struct linear_attention_args {
 ///           0  2 -1 -2  1  0         1/24 -1/12   1/6
 ///           0  4  0 -5  0  1            0     0     1
 ///
+/// winograd_weights makes G g G^T of `n` filters of 3 x 3 weights, each for itself: in whatever
+/// order they lie, so will the results.
+struct winograd_weights_args {
+  ptrdiff_t n;
+  const float* g;      ///< 9 rows of n floats
+  ptrdiff_t g_stride;  ///< floats from one to the next
+  float* out;          ///< 36 rows of n floats
+  ptrdiff_t out_stride;
+};
+
 /// winograd_input makes B^T d B of one tile.
 struct winograd_input_args {
   ptrdiff_t channels;
@@ -243,6 +253,7 @@ struct table {
 
   void (*depthwise)(const depthwise_args&);
   void (*linear_attention)(const linear_attention_args&);
+  void (*winograd_weights)(const winograd_weights_args&);
   void (*winograd_input)(const winograd_input_args&);
   void (*winograd_output)(const winograd_output_args&);
   /// q - zero_point of (rows, channels) floats, as floats; out may be x.

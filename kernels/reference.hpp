@@ -193,6 +193,24 @@ inline constexpr double winograd_bt[6][6] = {{4, 0, -5, 0, 1, 0},  {0, -4, -4, 1
 inline constexpr double winograd_at[4][6] = {
     {1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}};
 
+inline constexpr double winograd_g[6][3] = {{1 / 4., 0, 0},
+                                            {-1 / 6., -1 / 6., -1 / 6.},
+                                            {-1 / 6., 1 / 6., -1 / 6.},
+                                            {1 / 24., 1 / 12., 1 / 6.},
+                                            {1 / 24., -1 / 12., 1 / 6.},
+                                            {0, 0, 1}};
+
+inline void winograd_weights(const winograd_weights_args& args) {
+  for (ptrdiff_t i = 0; i < args.n; ++i)
+    for (ptrdiff_t place = 0; place < 36; ++place) {
+      double sum = 0;
+      for (ptrdiff_t tap = 0; tap < 9; ++tap)
+        sum += winograd_g[place / 6][tap / 3] * winograd_g[place % 6][tap % 3] *
+               args.g[tap * args.g_stride + i];
+      args.out[place * args.out_stride + i] = static_cast<float>(sum);
+    }
+}
+
 inline void winograd_input(const winograd_input_args& args) {
   for (ptrdiff_t c = 0; c < args.channels; ++c)
     for (ptrdiff_t i = 0; i < 36; ++i) {

@@ -53,6 +53,7 @@ inline constexpr table kernel_table{
     .attention_columns = attention_columns,
     .depthwise = depthwise,
     .linear_attention = linear_attention,
+    .winograd_weights = winograd_weights,
     .winograd_input = winograd_input,
     .winograd_output = winograd_output,
     .quantize = quantize,

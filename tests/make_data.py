@@ -60,6 +60,7 @@ EFFICIENTVIT = CONFIG | dict(
     ),
     decoder=CONFIG["decoder"] | dict(norm_epsilon=1e-6),
 )
+MODELS = {"tiny": (CONFIG, 3), "tiny_efficientvit": (EFFICIENTVIT, 4)}  # and the seeds of their weights
 RESIZES = [  # height, width, channels: fractions, whole factors, growing, and the thinnest
     (97, 131, 3), (261, 173, 1), (104, 104, 3), (208, 156, 1), (156, 104, 3), (52, 52, 3),
     (31, 45, 3), (51, 52, 1), (7, 5, 3), (1, 300, 1), (300, 1, 3), (1, 1, 3),
@@ -156,8 +157,9 @@ def make_antialiased():
     return arrays
 
 
-def make_model(name, config, seed, boxes, names, write):
+def make_model(name, boxes, names, write):
     """NAME.safetensors, a model with seeded weights, and NAME_golden.npz, what PyTorch answers for it."""
+    config, seed = MODELS[name]
     state = seeded_weights.seeded_state(config, seed)
     tensors, config = convert.convert(state, config)
     if write:
@@ -172,10 +174,10 @@ def make_model(name, config, seed, boxes, names, write):
 def main():
     DATA.mkdir(exist_ok=True)
     # tiny.safetensors stays as it is: a file of version 1, which this converter no longer writes.
-    make_model("tiny", CONFIG, 3, [[3, 5, 30, 41], [10, 0, 51, 22], [0, 0, 52, 52], [20, 20, 24, 23], [7, 9, 8, 10]],
+    make_model("tiny", [[3, 5, 30, 41], [10, 0, 51, 22], [0, 0, 52, 52], [20, 20, 24, 23], [7, 9, 8, 10]],
                traced_modules, write=False)
     stages = "image_encoder.backbone.stages"
-    make_model("tiny_efficientvit", EFFICIENTVIT, 4, [[6, 10, 60, 82], [20.5, 0, 102, 44.25]],
+    make_model("tiny_efficientvit", [[6, 10, 60, 82], [20.5, 0, 102, 44.25]],
                lambda model: [f"{stages}.{i}" for i in range(4)] + [
                    f"{stages}.3.op_list.1.context_module", f"{stages}.3.op_list.1", "image_encoder.neck"], write=True)
     np.savez_compressed(DATA / "resize.npz", **make_resizes())

@@ -83,6 +83,8 @@ class PromptEncoder(nn.Module):
         else:
             dense = self.no_mask_embed.weight[:, :, None, None]
             dense = dense.expand(1, -1, self.resolution, self.resolution)
+        if not parts:  # a mask says all
+            parts.append(masks.new_zeros(len(masks), 0, self.no_mask_embed.embedding_dim))
         return torch.cat(parts, 1), dense
 
 

@@ -20,6 +20,20 @@ TEST_CASE("Winograd's transforms equal the scalar reference") {
     kernels::reference::winograd_input(args);
     CHECK(max_error(fast, slow) < 2e-5);
 
+    const tensor<float> taps = random_tensor({9, stride}, 4);
+    kernels::winograd_weights_args weights{.n = channels,
+                                           .g = taps.data(),
+                                           .g_stride = stride,
+                                           .out = fast.data(),
+                                           .out_stride = stride};
+    kernel.winograd_weights(weights);
+    tensor<float> exact(shape{36, stride});
+    weights.out = exact.data();
+    kernels::reference::winograd_weights(weights);
+    for (index_t i = 0; i < 36; ++i)
+      for (index_t c = 0; c < channels; ++c)
+        CHECK(std::abs(fast[i * stride + c] - exact[i * stride + c]) < 3e-7);
+
     const tensor<float> bias = random_tensor({channels}, 2);
     const tensor<float> added = random_tensor({16, channels}, 3, 100.0f);
     const auto residual = row_pointers_of<const float>(added.data(), 16, channels);
@@ -52,23 +66,16 @@ TEST_CASE("Winograd's transforms equal the scalar reference") {
 }
 
 TEST_CASE("Winograd's transforms make a 3x3 convolution") {
-  // In double precision: whether the matrices are right.
+  // By the scalar reference: whether the matrices are right.
   const tensor<float> x = random_tensor({36}, 1), g = random_tensor({9}, 2);
-  const double to_tile[6][3] = {{1 / 4., 0, 0},
-                                {-1 / 6., -1 / 6., -1 / 6.},
-                                {-1 / 6., 1 / 6., -1 / 6.},
-                                {1 / 24., 1 / 12., 1 / 6.},
-                                {1 / 24., -1 / 12., 1 / 6.},
-                                {0, 0, 1}};
   const auto pixels = row_pointers_of<const float>(x.data(), 36, 1);
   tensor<float> tile(shape{36}), y(shape{16});
   kernels::reference::winograd_input(
       {.channels = 1, .x = pixels.data(), .out = tile.data(), .out_stride = 1});
-  for (index_t i = 0; i < 36; ++i) {
-    double weight = 0;
-    for (index_t k = 0; k < 9; ++k) weight += to_tile[i / 6][k / 3] * to_tile[i % 6][k % 3] * g[k];
-    tile[i] *= static_cast<float>(weight);
-  }
+  tensor<float> weights(shape{36});
+  kernels::reference::winograd_weights(
+      {.n = 1, .g = g.data(), .g_stride = 1, .out = weights.data(), .out_stride = 1});
+  for (index_t i = 0; i < 36; ++i) tile[i] *= weights[i];
   const auto to = row_pointers_of(y.data(), 16, 1);
   kernels::reference::winograd_output(
       {.channels = 1, .m = tile.data(), .m_stride = 1, .out = to.data(), .bias = nullptr});

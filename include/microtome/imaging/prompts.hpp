@@ -137,8 +137,7 @@ inline std::string prompt_complaint(const image_prompt& prompt, std::size_t numb
          << mask_side;
     return text.str();
   }
-  if (std::all_of(prompt.mask.begin(), prompt.mask.end(),
-                  [](float v) { return std::isfinite(v); }))
+  if (std::all_of(prompt.mask.begin(), prompt.mask.end(), [](float v) { return std::isfinite(v); }))
     return "";
   text << ": its mask holds values that are not finite";
   return text.str();

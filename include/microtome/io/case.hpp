@@ -107,15 +107,14 @@ inline void read_points(const npz_reader& file, std::vector<image_prompt>& promp
 inline segmentation_case read_case(const npz_reader& file) {
   const std::string& name = file.name();
   const bool clicked = file.contains("points");
-  npy_array boxes;
+  npy_array boxes{{"<i8", false, shape{0, 4}}, {}};
   if (!clicked || file.contains("boxes")) boxes = file.read("boxes");
   const shape& box_shape = boxes.header.extents;
   const std::string what = name + ": array 'boxes'";
   const bool none = box_shape.size() == 0;
   if (!none && (box_shape.rank() != 2 || (box_shape[1] != 4 && box_shape[1] != 6)))
     fail(what, " has shape ", to_string(box_shape), ", expected (N, 4) or (N, 6)");
-  std::vector<index_t> numbers;
-  if (!none) numbers = detail::whole_numbers(boxes, what);
+  const std::vector<index_t> numbers = detail::whole_numbers(boxes, what);
 
   npy_array imgs = file.read("imgs");
   const shape extents = imgs.header.extents;

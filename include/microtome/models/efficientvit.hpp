@@ -103,8 +103,14 @@ public:
   map_size size() const { return size_; }
   index_t dim() const { return dim_; }
 
-  /// The map in `maps[0]` becomes that of this stage, (size().tokens(), dim()), in `maps[0]`; both
-  /// pointers have room for either, and may be swapped.
+  /// How often the two pointers to maps are swapped.
+  index_t swaps() const {
+    return (fused_merge || merge ? 1 : 0) +
+           static_cast<index_t>(bottlenecks.size() + inverteds.size());
+  }
+
+  /// The map in `maps[0]` becomes that of this stage, (size().tokens(), dim()), in `maps[0]`. The
+  /// pointers are swapped with each block that writes its result elsewhere.
   void operator()(workspace& ws, std::array<float*, 2>& maps) const {
     const shape tokens{size_.tokens(), dim_};
     const auto apply = [&](const auto& block, map_size size, index_t channels) {
@@ -236,8 +242,8 @@ public:
   /// image (image_size^2, 3) -> embedding (embedding_size().tokens(), embed_dim).
   void operator()(workspace& ws, view<const float> image_pixels, view<float> embedding) const {
     frame memory(ws.memory());
-    std::array<float*, 2> maps{memory.take({map_floats()}).data(),
-                               memory.take({map_floats()}).data()};
+    const std::array<index_t, 2> floats = map_floats();
+    std::array<float*, 2> maps{memory.take({floats[0]}).data(), memory.take({floats[1]}).data()};
     std::array<view<float>, 3> into_neck;  // deepest first
     for (std::size_t i = 0; i + 1 < inputs.size(); ++i)
       into_neck[i] = memory.take({stage_for(i).size().tokens(), embed_dim()});
@@ -262,7 +268,7 @@ public:
     for (const efficientvit_stage& stage : stages) floats = std::max(floats, stage.memory());
     for (const fused_bottleneck& block : middle)
       floats = std::max(floats, block.memory(embedding_size()));
-    floats += 2 * arena::rounded(map_floats());
+    for (const index_t map : map_floats()) floats += arena::rounded(map);
     for (std::size_t i = 0; i + 1 < inputs.size(); ++i)
       floats += arena::rounded(stage_for(i).size().tokens() * embed_dim());
     return floats;
@@ -290,11 +296,19 @@ private:
   /// The stage that input `i` of the neck takes.
   const efficientvit_stage& stage_for(std::size_t i) const { return stages[stages.size() - 1 - i]; }
 
-  /// Floats of the largest map between two blocks.
-  index_t map_floats() const {
-    index_t floats = embedding_size().tokens() * embed_dim();
-    for (const efficientvit_stage& stage : stages)
-      floats = std::max(floats, stage.size().tokens() * stage.dim());
+  /// Floats of the largest map in each of the two places that maps between blocks take in turns.
+  std::array<index_t, 2> map_floats() const {
+    const index_t neck = embedding_size().tokens() * embed_dim();
+    std::array<index_t, 2> floats{std::max(neck, image().strided(2).tokens() * stem.out()), neck};
+    std::size_t at = 0;
+    for (const efficientvit_stage& stage : stages) {
+      const index_t map = stage.size().tokens() * stage.dim();
+      for (index_t i = 0; i < stage.swaps(); ++i) {
+        at = 1 - at;
+        floats[at] = std::max(floats[at], map);
+      }
+      if (!stage.residuals.empty()) floats[1 - at] = std::max(floats[1 - at], map);
+    }
     return floats;
   }
 

@@ -15,35 +15,28 @@ namespace microtome {
 /// A dense 3x3 convolution of stride 1 with padding 1 by Winograd's F(4 x 4, 3 x 3): 36 products
 /// where the sums of 4 x 4 pixels take 144. See kernels::winograd_input_args.
 ///
-/// A band of rows of tiles goes through three steps, each shared out over all threads: tiles are
-/// transformed, multiplied (one matrix product for each of the 36 places in a tile, whose weights
-/// stay in L2 for all tiles), and transformed back.
+/// A band of rows of tiles goes through steps that are each shared out over all threads: tiles are
+/// transformed; then, for some output channels after the other, weights are transformed and
+/// multiplied (one matrix product for each of the 36 places in a tile); then tiles are transformed
+/// back. Transformed weights would take four times the memory, and making them takes a percent of
+/// the time.
 class winograd3x3 {
 public:
   winograd3x3() = default;
 
-  /// Transforms the weights of `layer`, (out, in, 3, 3), in double precision.
+  /// Packs the weights of `layer`, (out, in, 3, 3).
   explicit winograd3x3(const layer_weight& layer)
       : in_(layer.values.extent(1)), out_(layer.values.extent(0)), zeros_(shape{in_}) {
-    constexpr double g[6][3] = {{1.0 / 4, 0, 0},
-                                {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-                                {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-                                {1.0 / 24, 1.0 / 12, 1.0 / 6},
-                                {1.0 / 24, -1.0 / 12, 1.0 / 6},
-                                {0, 0, 1}};
-    tensor<float> place(shape{in_, out_});
-    for (index_t i = 0; i < tile * tile; ++i) {
-      double share[9];
-      for (index_t tap = 0; tap < 9; ++tap)
-        share[tap] = g[i / tile][tap / 3] * g[i % tile][tap % 3];
-      for (index_t o = 0; o < out_; ++o)
-        for (index_t c = 0; c < in_; ++c) {
-          const float* taps = layer.values.data() + (o * in_ + c) * 9;
-          double sum = 0;
-          for (index_t tap = 0; tap < 9; ++tap) sum += share[tap] * double{taps[tap]};
-          place[c * out_ + o] = static_cast<float>(sum);
-        }
-      weights_.emplace_back(layer, 1, in_, out_, place.data(), out_, 1);
+    tensor<float> tap(shape{in_, slab_channels()});
+    for (index_t first = 0; first < out_; first += slab_channels()) {
+      const index_t n = std::min(slab_channels(), out_ - first), floats = packed_floats(n);
+      tensor<float>& slab = slabs_.emplace_back(shape{taps, floats});
+      for (index_t t = 0; t < taps; ++t) {
+        for (index_t c = 0; c < in_; ++c)
+          for (index_t o = 0; o < n; ++o)
+            tap[c * n + o] = layer.values[((first + o) * in_ + c) * taps + t];
+        matrix().pack_b(in_, n, tap.data(), n, 1, nullptr, slab.row(t));
+      }
     }
   }
 
@@ -55,13 +48,14 @@ public:
            layer.values.extent(1) >= least_channels;
   }
 
-  bool empty() const { return weights_.empty(); }
+  bool empty() const { return slabs_.empty(); }
   index_t out() const { return out_; }
 
   /// Arena floats for up to `rows` rows of a map of this width.
   index_t memory(index_t rows, index_t width) const {
     const index_t n = tiles_down(std::min(rows, band_rows(width))) * tiles_down(width);
-    return arena::rounded(places * n * in_) + arena::rounded(places * n * out_);
+    return arena::rounded(places * n * in_) + arena::rounded(places * n * out_) +
+           arena::rounded(places * packed_floats(std::min(slab_channels(), out_)));
   }
 
   /// Rows y0 to y0 + count - 1 of the result, of x (size.tokens(), in), to dense rows at `result`.
@@ -78,15 +72,28 @@ public:
   }
 
 private:
-  static constexpr index_t tile = 6, step = 4, places = tile * tile;
+  static constexpr index_t tile = 6, step = 4, places = tile * tile, taps = 9;
   static constexpr index_t least_channels = 16;
 
   static index_t tiles_down(index_t n) { return (n + step - 1) / step; }
 
-  /// Rows of pixels whose tiles take about 12 MB, transformed and multiplied.
+  static const kernels::matrix_kernels& matrix() {
+    return kernels::active().matrix(precision::fp32);
+  }
+  /// Floats of a packed matrix (in, n).
+  index_t packed_floats(index_t n) const {
+    return matrix().packed_bytes(in_, n) / static_cast<index_t>(sizeof(float));
+  }
+
+  /// Output channels whose transformed weights take about 4 MB: whole vectors of any target.
+  index_t slab_channels() const {
+    return std::max<index_t>(1, (1 << 20) / (places * in_ * 64)) * 64;
+  }
+
+  /// Rows of pixels whose tiles take about 8 MB, transformed and multiplied.
   index_t band_rows(index_t width) const {
     const index_t row = places * tiles_down(width) * (in_ + out_);
-    return std::max<index_t>(1, (3 << 20) / row) * step;
+    return std::max<index_t>(1, (2 << 20) / row) * step;
   }
 
   void one_band(workspace& ws, map_size size, const float* x, index_t y0, index_t count,
@@ -115,15 +122,8 @@ private:
                                .out_stride = tiles * in_});
       }
     });
-    const index_t blocks = block_count(tiles);
-    ws.parallel(places * blocks, [&](index_t task, scratch) {
-      const index_t place = task / blocks, first = task % blocks * token_block;
-      const index_t n = std::min(token_block, tiles - first);
-      const row_pointers<const float> a(inputs.row(place) + first * in_, in_, n);
-      const row_pointers<float> c(products.row(place) + first * out_, out_, n);
-      weights_[static_cast<std::size_t>(place)].multiply(
-          {.m = n, .n = out_, .k = in_, .a = a.data(), .c = c.data()});
-    });
+    for (std::size_t i = 0; i < slabs_.size(); ++i)
+      multiply(ws, slabs_[i], static_cast<index_t>(i) * slab_channels(), tiles, inputs, products);
     ws.parallel(groups, [&](index_t group, scratch) {
       for (index_t t = group * at_once; t < std::min(tiles, (group + 1) * at_once); ++t) {
         const index_t y = t / across * step, column = t % across * step;
@@ -147,9 +147,36 @@ private:
     });
   }
 
+  /// The products (places, tiles * out) of output channels `first` on, whose weights `slab` has.
+  void multiply(workspace& ws, const tensor<float>& slab, index_t first, index_t tiles,
+                view<const float> inputs, view<float> products) const {
+    frame memory(ws.memory());
+    const index_t floats = slab.extent(1);
+    const view<float> weights = memory.take({places, floats});
+    constexpr index_t chunk = 2048;
+    ws.parallel((floats + chunk - 1) / chunk, [&](index_t task, scratch) {
+      const index_t start = task * chunk;
+      kernels::active().winograd_weights({.n = std::min(chunk, floats - start),
+                                          .g = slab.data() + start,
+                                          .g_stride = floats,
+                                          .out = weights.data() + start,
+                                          .out_stride = floats});
+    });
+    const index_t channels = std::min(slab_channels(), out_ - first);
+    const index_t blocks = block_count(tiles);
+    ws.parallel(places * blocks, [&](index_t task, scratch) {
+      const index_t place = task / blocks, start = task % blocks * token_block;
+      const index_t n = std::min(token_block, tiles - start);
+      const row_pointers<const float> a(inputs.row(place) + start * in_, in_, n);
+      const row_pointers<float> c(products.row(place) + start * out_ + first, out_, n);
+      matrix().gemm(
+          {.m = n, .n = channels, .k = in_, .a = a.data(), .b = weights.row(place), .c = c.data()});
+    });
+  }
+
   index_t in_ = 0, out_ = 0;
   tensor<float> zeros_;
-  std::vector<packed_weight> weights_;  // of each place in a tile
+  std::vector<tensor<float>> slabs_;  // (taps, packed weights) of some output channels each
 };
 
 }  // namespace microtome
