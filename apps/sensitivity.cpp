@@ -1,9 +1,14 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <map>
+#include <optional>
+#include <span>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -45,6 +50,60 @@ struct score {
   double time = 1;  ///< of a case, over fp32's just before: the median
 };
 
+/// What has been measured so far, in a file beside the table, so that a run of hours that ends
+/// early is gone on with: a line that tells what was measured, then one for each scheme.
+class measurements {
+public:
+  /// `of` tells model, ranges and cases: what others have left there is not used.
+  measurements(std::string path, std::string of) : path_(std::move(path)), text_(of + '\n') {
+    if (!fs::exists(path_)) return;
+    const whole_file file(path_);
+    const std::span<const std::byte> bytes = file.bytes();
+    std::istringstream lines(
+        std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+    std::string line;
+    if (!std::getline(lines, line) || line != of) {
+      std::fprintf(stderr, "%s: is of another model, ranges or cases; begun anew\n", path_.c_str());
+      return;
+    }
+    while (std::getline(lines, line)) {
+      score found;
+      int scheme = 0;
+      if (std::sscanf(line.c_str(), "%lf,%lf,%lf,%lf,%n", &found.dice, &found.dice_fp32,
+                      &found.iou_fp32, &found.time, &scheme) != 4 ||
+          scheme == 0)
+        break;
+      found_.emplace(line.substr(static_cast<std::size_t>(scheme)), found);
+      text_ += line + '\n';
+    }
+    std::printf("%s: goes on after %zu measurements\n", path_.c_str(), found_.size());
+  }
+
+  /// What was measured of a scheme; nothing if it was not.
+  const score* of(const std::string& scheme) const {
+    const auto found = found_.find(scheme);
+    return found == found_.end() ? nullptr : &found->second;
+  }
+
+  void add(const std::string& scheme, const score& found) {
+    char numbers[128];
+    std::snprintf(numbers, sizeof numbers, "%.17g,%.17g,%.17g,%.17g,", found.dice, found.dice_fp32,
+                  found.iou_fp32, found.time);
+    text_ += numbers + scheme + '\n';
+    replace_file(path_, std::as_bytes(std::span(text_)));
+  }
+
+  /// All is measured: nobody needs the file any more.
+  void finish() const {
+    std::error_code absent;
+    fs::remove(path_, absent);
+  }
+
+private:
+  std::string path_, text_;
+  std::map<std::string, score> found_;
+};
+
 /// Calls f with the Dice coefficient of each label that either map has.
 template <class Function>
 void for_labels(const label_map& a, const label_map& b, Function&& f) {
@@ -70,11 +129,13 @@ public:
     if (ranges_.model != file_.fingerprint())
       fail(options.ranges, ": the ranges are of another model than ", options.model);
     read_cases();
+    measured_.emplace(options.output + ".progress", inputs());
   }
 
   int run() {
     model_quantizer nothing(scheme("fp32"), &ranges_);
-    const score whole = measure(nothing);
+    static_cast<void>(sam(file_, {.hook = &nothing}));  // tells it of the layers
+    const score whole = measure("fp32");
     std::printf("fp32: Dice %.4f\n", whole.dice);
     for (const layer_weight& layer : nothing.layers()) {
       unit& u = units_[unit_of(layer_place(layer.name))];
@@ -83,8 +144,7 @@ public:
     std::printf("%-44s %9s %9s %9s %9s %9s\n", "unit", "dice32", "iou32", "dice", "kB saved",
                 "time");
     for (auto& [pattern, u] : units_) {
-      model_quantizer one(scheme(pattern + "=int8"), &ranges_, moments_.rounder());
-      u.found = measure(one);
+      u.found = measure(pattern + "=int8");
       std::printf("%-44s %9.5f %9.5f %9.5f %9.1f %9.3f\n", pattern.c_str(), u.found.dice_fp32,
                   u.found.iou_fp32, u.found.dice, static_cast<double>(u.bytes) / 1e3, u.found.time);
       std::fflush(stdout);
@@ -92,6 +152,7 @@ public:
     write_table(whole);
     if (!options_.plot.empty()) draw();
     propose();
+    measured_->finish();
     return 0;
   }
 
@@ -113,9 +174,29 @@ private:
       cases_.push_back({path, io::read_case(path), io::read_labels(path, "gts")});
   }
 
-  /// Loads the model as `hook` makes it and segments all cases, each in fp32 first: a machine that
-  /// gets busier or hotter slows both down.
-  score measure(model_quantizer& hook) {
+  static void mix(std::uint64_t& hash, std::span<const std::byte> bytes) {
+    for (const std::byte b : bytes)
+      hash = (hash ^ std::to_integer<std::uint64_t>(b)) * 0x100000001b3;
+  }
+
+  /// What a measurement depends on besides its scheme.
+  std::string inputs() const {
+    std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+    for (const std::string& path : {options_.ranges, options_.moments})
+      if (!path.empty()) mix(hash, whole_file(path).bytes());
+    for (const labelled_case& c : cases_) {
+      const std::string text = c.path.string() + ' ' + std::to_string(fs::file_size(c.path));
+      mix(hash, std::as_bytes(std::span(text)));
+    }
+    return "microtome " MICROTOME_VERSION ", model " + file_.fingerprint() +
+           ", ranges, moments and cases " + std::to_string(hash);
+  }
+
+  /// Loads the model with layers as the scheme says and segments all cases, each in fp32 first: a
+  /// machine that gets busier or hotter slows both down.
+  score measure(const std::string& text) {
+    if (const score* before = measured_->of(text)) return *before;
+    model_quantizer hook(scheme(text), &ranges_, moments_.rounder());
     const sam model(file_, {.hook = &hook});
     session fp32(fp32_, {.threads = options_.threads}), s(model, {.threads = options_.threads});
     std::vector<double> times, dice, dice_fp32, iou_fp32;
@@ -136,7 +217,9 @@ private:
     }
     std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2),
                      times.end());
-    return {mean(dice), mean(dice_fp32), mean(iou_fp32), times[times.size() / 2]};
+    const score found{mean(dice), mean(dice_fp32), mean(iou_fp32), times[times.size() / 2]};
+    measured_->add(text, found);
+    return found;
   }
 
   static double mean(const std::vector<double>& values) {
@@ -180,8 +263,7 @@ private:
     std::string text = "full";
     const auto worst = by_loss();
     for (std::size_t kept = 0;; ++kept) {
-      model_quantizer proposal{scheme(text), &ranges_, moments_.rounder()};
-      const score found = measure(proposal);
+      const score found = measure(text);
       const double loss = 1 - found.dice_fp32;
       std::printf("%s: loss %.5f, Dice %.4f, time %.3f\n", text.c_str(), loss, found.dice,
                   found.time);
@@ -201,6 +283,7 @@ private:
   const moments_file moments_;
   const sam fp32_;
   std::vector<labelled_case> cases_;
+  std::optional<measurements> measured_;
   std::map<std::string, unit> units_;
 };
 
@@ -215,7 +298,10 @@ command add_sensitivity(CLI::App& app) {
                  "what `calibrate --moments` wrote for this model, to round weights by");
   app.add_option("-i,--input", options->input, "folder of .npz cases with boxes and gts")
       ->required();
-  app.add_option("-o,--output", options->output, "CSV file, a row for each unit")->required();
+  app.add_option(
+         "-o,--output", options->output,
+         "CSV file, a row for each unit; a run that was interrupted goes on from OUTPUT.progress")
+      ->required();
   app.add_option("--plot", options->plot, "SVG file for a bar plot");
   const std::map<std::string, grain> names{
       {"layer", grain::layer}, {"block", grain::block}, {"stage", grain::stage}};

@@ -52,11 +52,12 @@ class Program:
         self.command = [program, "bench", "-m", model, "--threads", str(threads), "--json",
                         *arguments, "--runs"]
         self.key = {"encoder": "encoder_ms", "decoder": "batched_box_ms"}[part]
+        self.memory_key = {"encoder": "encoder_peak_rss_mb", "decoder": "peak_rss_mb"}[part]
 
     def turn(self, runs):
         output = subprocess.run([*self.command, str(runs)], check=True, capture_output=True, text=True)
         self.result = json.loads(output.stdout)
-        self.memory = self.result["peak_rss_mb"]
+        self.memory = self.result[self.memory_key]
         return self.result[self.key]["median"]
 
     def end(self):

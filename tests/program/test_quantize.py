@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import time
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -169,6 +171,43 @@ def test_sensitivity_and_the_scheme_it_proposes(run, tiny_model, cases, ranges, 
     proposed = done.stdout.splitlines()[-1].split(": ", 1)[1]
     done = run("quantize", "-m", tiny_model, "-r", ranges, "-o", tmp_path / "m.safetensors", "--scheme", proposed)
     assert done.returncode == 0, done.stderr
+
+
+def read_rows(table):
+    return {row["unit"]: row for row in csv.DictReader(table.read_text().splitlines())}
+
+
+def test_sensitivity_goes_on_where_it_was_interrupted(run, program, tiny_model, cases, ranges, tmp_path):
+    arguments = ["sensitivity", "-m", tiny_model, "-r", ranges, "-i", cases, "-o", tmp_path / "s.csv", "--by", "block",
+                 "--budget", "1"]
+    whole = run(*arguments)
+    assert whole.returncode == 0 and [p.name for p in tmp_path.glob("s.csv*")] == ["s.csv"], whole.stderr
+    rows = read_rows(tmp_path / "s.csv")
+    (tmp_path / "s.csv").unlink()
+    progress = tmp_path / "s.csv.progress"
+    with subprocess.Popen([program, *map(str, arguments)], stdout=subprocess.DEVNULL) as process:
+        while not progress.exists() or progress.read_text().count("\n") < 4:
+            time.sleep(0.002)
+        process.kill()
+    left = progress.read_text().splitlines()
+    assert not (tmp_path / "s.csv").exists()
+    # What is taken from the file is not measured again: the third line is a lie now.
+    number, scheme = left[2].rsplit(",", 1)
+    left[2] = "0.5,0.25,0.125,7," + scheme
+    progress.write_text("\n".join(left) + "\n0.5,")
+    again = run(*arguments)
+    assert again.returncode == 0 and f"goes on after {len(left) - 1} measurements" in again.stdout, again.stderr
+    lied = read_rows(tmp_path / "s.csv")
+    unit = scheme.removesuffix("=int8")
+    assert lied[unit].pop("dice_to_fp32") == "0.250000" != rows[unit].pop("dice_to_fp32")
+    for name in rows.keys() - {unit}:
+        assert lied[name]["dice_to_fp32"] == rows[name]["dice_to_fp32"]
+    assert rows.keys() == lied.keys() and len(rows) > 5 and not progress.exists()
+    # Measurements of something else are not taken.
+    progress.write_text("\n".join(["something else", *left[1:]]) + "\n")
+    other = run(*arguments)
+    assert other.returncode == 0 and "begun anew" in other.stderr
+    assert read_rows(tmp_path / "s.csv")[unit]["dice_to_fp32"] != "0.250000"
 
 
 def test_a_budget_keeps_layers_in_fp32(run, tiny_model, cases, ranges, tmp_path):

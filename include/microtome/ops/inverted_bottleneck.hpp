@@ -128,11 +128,14 @@ private:
       made = std::max(made, top);
       const index_t tokens = (end - made) * size.width;
       float* to = rows.row(made - first);
-      ws.parallel(block_count(tokens), [&](index_t block, scratch) {
-        const index_t start = block * token_block;
-        expand_row(x.row(made * size.width + start), std::min(token_block, tokens - start),
-                   to + start * hidden());
-      });
+      expand_(ws, {x.row(made * size.width), {tokens, in()}}, {to, {tokens, hidden()}},
+              form_.hidden);
+      if (depthwise_.quantized())
+        ws.parallel(block_count(tokens), [&](index_t block, scratch) {
+          const index_t start = block * token_block;
+          float* pixels = to + start * hidden();
+          depthwise_.take(std::min(token_block, tokens - start), pixels, pixels);
+        });
       made = end;
       ws.parallel(count, [&](index_t i, scratch) {
         depthwise_convolution::window window = {};
