@@ -1,4 +1,7 @@
+#include <algorithm>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <microtome/io/case.hpp>
 #include <microtome/microtome.hpp>
@@ -28,25 +31,27 @@ public:
               index_t width) override {
     const index_t rows = value.extent(0), channels = value.extent(1);
     if (order == layout::tokens) {
-      file_.add<float>(std::string(name), {value.data(), {1, rows, channels}});
-    } else {
-      tensor<float> channels_first(shape{1, channels, rows / width, width});
-      for (index_t row = 0; row < rows; ++row)
-        for (index_t c = 0; c < channels; ++c)
-          channels_first[c * rows + row] = value[row * channels + c];
-      file_.add<float>(std::string(name), channels_first);
+      append(std::string(name), {value.data(), {1, rows, channels}});
+      return;
     }
-    ++count_;
+    tensor<float> channels_first(shape{1, channels, rows / width, width});
+    for (index_t row = 0; row < rows; ++row)
+      for (index_t c = 0; c < channels; ++c)
+        channels_first[c * rows + row] = value[row * channels + c];
+    arrays_.emplace_back(name, std::move(channels_first));
   }
 
   void add(const std::string& name, view<const float> value) {
-    if (!below(name, only_)) return;
-    file_.add<float>(name, value);
-    ++count_;
+    if (below(name, only_)) append(name, value);
   }
 
-  int count() const { return count_; }
-  const io::npz_writer& file() const { return file_; }
+  std::size_t count() const { return arrays_.size(); }
+
+  void write(const std::string& path) const {
+    io::npz_writer file;
+    for (const auto& [name, value] : arrays_) file.add<float>(name, value);
+    file.write(path, io::npz_compression::none);
+  }
 
 private:
   /// Whether `name` is `prefix` or a path below it.
@@ -55,9 +60,25 @@ private:
            (name.starts_with(prefix) && name[prefix.size()] == '.');
   }
 
+  /// Adds an array, or its rows to those of that name: the decoder takes many prompts in several
+  /// batches.
+  void append(const std::string& name, view<const float> value) {
+    const auto found = std::find_if(arrays_.begin(), arrays_.end(),
+                                    [&](const auto& array) { return array.first == name; });
+    if (found == arrays_.end()) {
+      tensor<float> copy(value.extents());
+      std::copy(value.begin(), value.end(), copy.begin());
+      arrays_.emplace_back(name, std::move(copy));
+      return;
+    }
+    tensor<float>& before = found->second;
+    tensor<float> both(shape{1, before.extent(1) + value.extent(1), value.extent(2)});
+    std::copy(value.begin(), value.end(), std::copy(before.begin(), before.end(), both.begin()));
+    before = std::move(both);
+  }
+
   std::string only_;
-  io::npz_writer file_;
-  int count_ = 0;
+  std::vector<std::pair<std::string, tensor<float>>> arrays_;
 };
 
 int run_trace(const trace_options& options) {
@@ -90,8 +111,8 @@ int run_trace(const trace_options& options) {
   trace.add("iou_predictions", masks.iou_predictions);
   if (trace.count() == 0)
     throw usage_error("--only " + options.only + ": no module has this path or one below it");
-  trace.file().write(options.output, io::npz_compression::none);
-  std::printf("%s: %d arrays\n", options.output.c_str(), trace.count());
+  trace.write(options.output);
+  std::printf("%s: %zu arrays\n", options.output.c_str(), trace.count());
   return 0;
 }
 

@@ -71,6 +71,23 @@ def test_segments_a_case_as_pytorch_does(run, tiny_model, reference, tmp_path):
     assert (segs != expected).mean() < 1e-3 and (segs > 0).any()
 
 
+def test_trace_of_more_boxes_than_are_decoded_at_once(run, tiny_model, tmp_path):
+    boxes = [(i, 2 * i, 30 + i, 40 + i) for i in range(9)]
+    make_case(tmp_path / "all.npz", boxes=boxes)
+    make_case(tmp_path / "last.npz", boxes=boxes[-1:])
+    for name in "all", "last":
+        done = run("trace", "-m", tiny_model, "-i", tmp_path / f"{name}.npz", "-o", tmp_path / f"{name}_trace.npz")
+        assert done.returncode == 0, done.stderr
+    whole, last = np.load(tmp_path / "all_trace.npz"), np.load(tmp_path / "last_trace.npz")
+    assert whole.files == last.files and len(whole["low_res_masks"]) == 9
+    for name in "low_res_masks", "iou_predictions":
+        np.testing.assert_array_equal(whole[name][-1:], last[name])
+    for name in "mask_decoder.transformer.queries", "mask_decoder.transformer.keys":
+        rows = last[name].shape[1]
+        assert whole[name].shape[1] == 9 * rows
+        np.testing.assert_array_equal(whole[name][:, -rows:], last[name])
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_preprocessing_equals_opencv(run, tiny_model, tmp_path, seed):
     rng = np.random.default_rng(seed)
