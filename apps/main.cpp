@@ -147,7 +147,7 @@ int main(int argc, char** argv) {
   // A weight is read, rearranged and packed: what is given back then returns to the system at once.
   // By itself glibc would, once it has seen such a block, keep the next ones in a heap full of
   // gaps.
-  mallopt(M_MMAP_THRESHOLD, 1 << 20);
+  mallopt(M_MMAP_THRESHOLD, 1 << 18);
 #endif
   let_writing_fail();
   std::set_terminate(end_for_want_of_memory);

@@ -87,8 +87,7 @@ public:
   explicit session(const sam& model, session_options options = {})
       : model_(model),
         ws_(options.threads, arena_floats(model), scratch_bytes(model)),
-        embedding_(shape{model.encoder.embedding_size().tokens(), model.config.embed_dim}),
-        dense_(embedding_.extents()) {}
+        embedding_(shape{model.encoder.embedding_size().tokens(), model.config.embed_dim}) {}
 
   session(session&&) = default;
   session(const session&) = delete;  // a copy's views would be of the original's memory
@@ -106,7 +105,7 @@ public:
     if (image.size() != side * side * 3)
       fail("encode: the image has ", image.size(), " values, expected ", side, " x ", side, " x 3");
     model_.encoder(ws_, {image.data(), {side * side, 3}}, embedding_);
-    use_no_mask();
+    image_.reset();
   }
 
   /// The embedding of the last image, (tokens, embed_dim).
@@ -118,7 +117,7 @@ public:
       fail("set_embedding: ", embedding.size(), " values, expected ",
            to_string(embedding_.extents()));
     std::copy(embedding.begin(), embedding.end(), embedding_.begin());
-    use_no_mask();
+    image_.reset();
   }
 
   /// One mask per box, or three for `multimask`, decoded together: low_res_masks (boxes, masks,
@@ -198,20 +197,18 @@ private:
                      model.decoder.scratch_bytes(1, max_points + 2, dim)});
   }
 
-  /// dense_ = embedding_ + what stands for "no mask", the image that all boxes share.
-  void use_no_mask() {
-    image_.reset();
+  /// What the decoder makes of the embedding and of what stands for "no mask", once per image: all
+  /// boxes share it.
+  const shared_image& prepared() {
+    if (image_) return *image_;
+    if (prepared_.empty()) {
+      dense_ = tensor<float>(embedding_.extents());
+      prepared_ = tensor<float>(shape{model_.decoder.prepared_floats()});
+    }
     const index_t dim = model_.config.embed_dim;
     for (index_t row = 0; row < embedding_.extent(0); ++row)
       kernels::active().add(dim, embedding_.row(row), model_.prompts.no_mask(), dense_.row(row));
-  }
-
-  /// What the decoder makes of dense_, once per image.
-  const shared_image& prepared() {
-    if (prepared_.empty()) prepared_ = tensor<float>(shape{model_.decoder.prepared_floats()});
-    if (!image_)
-      image_ =
-          model_.decoder.prepare(ws_, dense_, model_.prompts.dense_position(), prepared_.data());
+    image_ = model_.decoder.prepare(ws_, dense_, model_.prompts.dense_position(), prepared_.data());
     return *image_;
   }
 
@@ -227,8 +224,8 @@ private:
   const sam& model_;
   workspace ws_;
   tensor<float> embedding_;
-  tensor<float> dense_;
-  tensor<float> prepared_;
+  tensor<float> dense_;     // embedding_ with no mask; from the first prompt on
+  tensor<float> prepared_;  // likewise
   std::optional<shared_image> image_;  // views of dense_ and prepared_, once there are prompts
   tensor<float> low_res_masks_;
   tensor<float> iou_predictions_;

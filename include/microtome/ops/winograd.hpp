@@ -90,10 +90,10 @@ private:
     return std::max<index_t>(1, (1 << 20) / (places * in_ * 64)) * 64;
   }
 
-  /// Rows of pixels whose tiles take about 8 MB, transformed and multiplied.
+  /// Rows of pixels whose tiles take about 6 MB, transformed and multiplied.
   index_t band_rows(index_t width) const {
     const index_t row = places * tiles_down(width) * (in_ + out_);
-    return std::max<index_t>(1, (2 << 20) / row) * step;
+    return std::max<index_t>(1, (3 << 19) / row) * step;
   }
 
   void one_band(workspace& ws, map_size size, const float* x, index_t y0, index_t count,
