@@ -20,44 +20,10 @@
 
 #include <microtome/core/bits.hpp>
 #include <microtome/core/file.hpp>
+#include <microtome/core/json.hpp>
 #include <microtome/core/tensor.hpp>
 
 namespace microtome {
-
-namespace detail {
-
-/// JSON from a file; `what` stands for it in errors. What microtome reads nests three deep; a
-/// hostile text nested a million deep would exhaust the stack.
-class json_document {
-public:
-  json_document(std::string_view text, const std::string& what) {
-    const auto bounded_depth = [&](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-      if (depth > 8) fail(what, " nests deeper than it ever should");
-      return true;
-    };
-    try {
-      value = nlohmann::json::parse(text, bounded_depth);
-    } catch (const nlohmann::json::exception& e) {
-      fail(what, " is not JSON: ", e.what());
-    }
-  }
-  json_document(const json_document&) = delete;
-  json_document& operator=(const json_document&) = delete;
-  ~json_document() { empty(value); }
-
-  nlohmann::json value;
-
-private:
-  /// nlohmann's destructor of what has children allocates, and ends the program where it cannot;
-  /// so that they go first.
-  static void empty(nlohmann::json& from) {
-    if (!from.is_structured()) return;
-    for (nlohmann::json& child : from) empty(child);
-    from.clear();
-  }
-};
-
-}  // namespace detail
 
 /// Reader of safetensors files: 8 bytes of little-endian header length, a JSON header that maps
 /// each tensor's name to its dtype, shape and byte range, then the bytes. The format is described
