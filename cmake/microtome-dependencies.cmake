@@ -31,9 +31,11 @@ if(MICROTOME_OPENMP)
   find_dependency(OpenMP COMPONENTS CXX)
 endif()
 
-# Libraries of microtome/io/: .npz archives and PNG images. Debian: libzip-dev, libspng-dev.
+# Libraries of microtome/io/: .npz archives and PNG images, and JPEG images where there is libjpeg. Debian: libzip-dev,
+# libspng-dev, libjpeg-dev.
 macro(microtome_find_io_libraries)
   find_package(PkgConfig REQUIRED)
   pkg_check_modules(libzip REQUIRED IMPORTED_TARGET libzip>=1.6)
   pkg_check_modules(spng REQUIRED IMPORTED_TARGET spng>=0.7)
+  find_package(JPEG)
 endmacro()
