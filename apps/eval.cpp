@@ -11,6 +11,7 @@
 
 #include "cases.hpp"
 #include "commands.hpp"
+#include "eval_coco.hpp"
 
 namespace microtome::app {
 
@@ -21,6 +22,7 @@ namespace fs = std::filesystem;
 struct eval_options {
   std::string segs, truths, output;
   double tolerance = 2.0;
+  coco_options coco;
 };
 
 struct row {
@@ -144,17 +146,29 @@ int run_eval(const eval_options& options) {
 
 command add_eval(CLI::App& app) {
   const auto options = std::make_shared<eval_options>();
-  app.add_option("-s,--segs", options->segs, ".npz file with segs, or a folder of them")
-      ->required();
-  app.add_option("-g,--gts", options->truths,
-                 ".npz file with gts (and spacing, mm along x, y, z), or a folder of them")
-      ->required();
-  app.add_option("-o,--output", options->output, "CSV file, a row for each label of each case");
-  app.add_option("--tolerance", options->tolerance,
-                 "of the surface distance, mm; pixels where a file has no spacing")
-      ->check(CLI::Range(0.0, 1000.0))
-      ->capture_default_str();
-  return [options] { return run_eval(*options); };
+  CLI::Option* segs =
+      app.add_option("-s,--segs", options->segs, ".npz file with segs, or a folder of them");
+  CLI::Option* truths =
+      app.add_option("-g,--gts", options->truths,
+                     ".npz file with gts (and spacing, mm along x, y, z), or a folder of them");
+  app.add_option("-o,--output", options->output,
+                 "CSV file, a row for each label of each case; with --coco for each object, or for "
+                 "each number of the average precision");
+  CLI::Option* tolerance =
+      app.add_option("--tolerance", options->tolerance,
+                     "of the surface distance, mm; pixels where a file has no spacing")
+          ->check(CLI::Range(0.0, 1000.0))
+          ->capture_default_str();
+  add_coco_options(app, options->coco);
+  for (CLI::Option* other : {segs, truths, tolerance}) other->excludes("--coco");
+  return [options] {
+    options->coco.output = options->output;
+    if (!options->coco.annotations.empty()) return run_eval_coco(options->coco);
+    for (const auto& [name, value] :
+         {std::pair("--segs", &options->segs), std::pair("--gts", &options->truths)})
+      if (value->empty()) throw usage_error(std::string(name) + " is required, or --coco");
+    return run_eval(*options);
+  };
 }
 
 }  // namespace microtome::app

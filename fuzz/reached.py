@@ -7,7 +7,7 @@ import re
 import sys
 
 READERS = ["model_file/safetensors", "model_file/config", "model_file/weights", "quantization/calibration",
-           "quantization/scheme", "io/npy", "io/npz", "io/png", "io/case"]
+           "quantization/scheme", "io/npy", "io/npz", "io/png", "io/case", "io/coco"]
 # What these headers hold besides.
 OTHERS = re.compile(r"write|writer|encode|compose|histogram|calibrator|layer_watcher|npy_header_bytes|make_overlay|"
                     r"layer_sparsity|whole_file|channel9?end_case|least_|divergence|squared_error|observer")

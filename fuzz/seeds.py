@@ -130,6 +130,17 @@ def texts(folder):
         (folder / f"scheme{number}").write_text("0" + scheme)
 
 
+    size = [5, 4]
+    segmentations = [[[0.5, 0, 3, 0, 3, 4, 0, 4.2], [1, 1, 2, 1, 2, 2]], dict(size=size, counts=[1, 4, 15]),
+                     dict(size=size, counts="14?")]
+    annotations = [dict(id=i, image_id=1, category_id=2, area=4.5, bbox=[0, 1, 2.5, 3], iscrowd=i % 2, segmentation=s)
+                   for i, s in enumerate(segmentations)]
+    instances = dict(images=[dict(id=1, file_name="a/b.png", height=5, width=4)],
+                     categories=[dict(id=2, name="x")], annotations=annotations)
+    results = [dict(image_id=1, category_id=2, score=0.5, bbox=[0, 1, 2, 3], segmentation=segmentations[2])]
+    (folder / "coco").write_text("2" + json.dumps(instances) + "\n" + json.dumps(results))
+
+
 def checkpoints(folder):
     """What torch.save pickles, without torch: (protocol 2, its globals, persistent storages)."""
     storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x10tQ"
