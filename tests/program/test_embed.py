@@ -166,6 +166,10 @@ def test_after_headers_that_define_words(dispatch, run, tiny_model, image, tmp_p
     flags = ["-DMICROTOME_DISPATCH"] if dispatch else ["-march=x86-64-v3" if X86 else "-march=native"]
     build = pathlib.Path(os.environ.get("MICROTOME_BUILD", ROOT / "build" / "release"))
     library = [next(build.rglob("libmicrotome_dispatch.a"))] if dispatch else []
+    jpeg = subprocess.run(["g++", "-E", "-x", "c++", "-include", "cstdio", "-include", "jpeglib.h", "/dev/null"],
+                          capture_output=True).returncode == 0
+    flags += ["-DMICROTOME_HAS_JPEG=1"] if jpeg else []
+    library += ["-ljpeg"] if jpeg else []
     subprocess.run(["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", *flags, "-fopenmp", "-I", ROOT,
                     "-I", ROOT / "include", "main.cpp", *library, "-o", "main", "-lzip", "-lspng"],
                    check=True, cwd=tmp_path)

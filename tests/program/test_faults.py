@@ -4,6 +4,7 @@ not is named.
 MICROTOME_KILLS=500 kills that many runs, MICROTOME_EVERY=1 lets every allocation fail; both fewer otherwise."""
 
 import errno
+import json
 import os
 import pathlib
 import random
@@ -45,6 +46,12 @@ def inputs(program, tiny_model, tmp_path_factory):
     make_case(cases / "b.npz", 2, (3, 40, 50), [(4, 5, 0, 30, 30, 2)])
     image = np.random.default_rng(3).integers(0, 256, (60, 50, 3), np.uint8)
     cv2.imwrite(str(cases / "c.png"), image)
+    boxes = [[3, 4, 30, 40], [10, 5, 20, 50]]
+    annotations = [dict(id=i + 1, image_id=1, category_id=1, area=w * h, bbox=[x, y, w, h],
+                        segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]]) for i, (x, y, w, h) in enumerate(boxes)]
+    instances = dict(images=[dict(id=1, file_name="c.png", height=60, width=50)],
+                     categories=[dict(id=1, name="square")], annotations=annotations)
+    (folder / "coco.json").write_text(json.dumps(instances))
     only_npz = folder / "npz"
     only_npz.mkdir()
     for name in ("a.npz", "b.npz"):
@@ -72,6 +79,8 @@ def commands(model, inputs, out):
         "quantize": ["quantize", "-m", model, "-r", inputs / "ranges.json", "-o", out / "int8.safetensors"],
         "trace": ["trace", "-m", model, "-i", inputs / "cases" / "a.npz", "-o", out / "trace.npz"],
         "eval": ["eval", "-s", inputs / "segs", "-g", inputs / "npz", "-o", out / "table.csv"],
+        "coco": ["eval", "--coco", inputs / "coco.json", "--images", inputs / "cases", "-m", model, "-o",
+                 out / "table.csv"],
     }
 
 
@@ -98,7 +107,7 @@ class Runner:
         return done, files, int(count.read_text()) if count.exists() else None
 
 
-@pytest.fixture(params=["segment", "calibrate", "quantize", "trace", "eval"])
+@pytest.fixture(params=["segment", "calibrate", "quantize", "trace", "eval", "coco"])
 def command(request, program, faults, inputs, tiny_model, tmp_path):
     runner = Runner(program, faults, tmp_path, lambda out: commands(tiny_model, inputs, out)[request.param])
     runner.name = request.param
@@ -143,7 +152,7 @@ def test_allocations_fail_once(command):
     for number in [*range(1, 20), *range(20, count + 1, EVERY)]:
         done, files, _ = command(f"new:{number}:0")
         where = f"allocation {number} of {count}: {done.stderr}"
-        if command.name == "eval" and files:  # a row less for a case that failed
+        if command.name in ("eval", "coco") and files:  # a row less for a case that failed
             assert set(files["table.csv"].splitlines()) <= set(whole["table.csv"].splitlines()), where
             files = whole if done.returncode == 0 else {}
         assert files.items() <= whole.items(), where
