@@ -15,6 +15,8 @@ import zipfile
 
 import numpy as np
 
+from shapes import some
+
 
 class CheckpointError(Exception):
     """The file is no checkpoint that can be read. The message says why."""
@@ -243,6 +245,8 @@ OUTER_MODULES = ("model", "net", "network", "sam", "medsam", "medsam_lite_model"
 # Modules that wrap another and stand in its names, anywhere: DistributedDataParallel, torch.compile,
 # activation checkpoints and FSDP.
 WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# What a promptable model's own names begin with, by which it is told from a loss or a metric beside it.
+PARTS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
 
 
 def _place(content, depth=2):
@@ -273,9 +277,36 @@ def _without_wrappers(state):
     return bare
 
 
+def _outer(name):
+    """What stands before a name of the model's own, such as "model." or nothing; None where it is not such a name."""
+    own = name
+    while not own.startswith(PARTS):
+        first, dot, own = own.partition(".")
+        if not dot or first not in OUTER_MODULES:
+            return None
+    return name.removesuffix(own)
+
+
+def _own(bare):
+    """The tensors of the model, where it stands as a member beside tensors of others, and what is said of those."""
+    outers = {}
+    for name in bare:
+        outers.setdefault(_outer(name), name)
+    beside = outers.pop(None, None)
+    if len(outers) > 1:
+        raise CheckpointError(f"tensors of a model are in more than one place: {some(outers.values())}")
+    outer = next(iter(outers), "")
+    if beside is None or not outer:
+        return bare, None
+    left = [name for name in bare if not name.startswith(outer)]
+    own = {name.removeprefix(outer): value for name, value in bare.items() if name.startswith(outer)}
+    return own, left and f"left out, as they are not below {outer!r}: {some(left, 8)}"
+
+
 def state_dict(content):
     """The tensors of the model in what a checkpoint holds: a state dict itself, or one where training
-    scripts put it, with the names that they have in the bare model."""
+    scripts put it, with the names that they have in the bare model; and what is left out beside it, in
+    words, or None."""
     found = _place(content)
     if not found:
         what = f"a {type(content).__name__}"
@@ -285,14 +316,17 @@ def state_dict(content):
             f"no state dict found: expected a dict of tensors, or one under {', '.join(map(repr, PLACES))}; "
             f"found {what}"
         )
-    return _without_wrappers({k: v for k, v in found.items() if isinstance(v, Tensor)})
+    return _own(_without_wrappers({k: v for k, v in found.items() if isinstance(v, Tensor)}))
 
 
-def load(path):
-    """Reads the state dict of the checkpoint at `path` as {name: NumPy array}."""
+def load(path, note=lambda text: None):
+    """Reads the state dict of the checkpoint at `path` as {name: NumPy array}. `note` is told what was left out."""
     with Archive(path) as archive:
         arrays = {}
-        for name, tensor in state_dict(archive.unpickle()).items():
+        state, left_out = state_dict(archive.unpickle())
+        if left_out:
+            note(left_out)
+        for name, tensor in state.items():
             try:
                 arrays[name] = tensor.numpy()
             except CheckpointError as error:

@@ -124,15 +124,20 @@ def complete(found, layers, base, image_size):
     return {n: v for n, v in together.items() if n in known}
 
 
+def read_checkpoint(path):
+    """The state dict in a checkpoint, pruned or not; says what it leaves out."""
+    return pruning.joined(checkpoint.load(path, lambda note: print(f"{path}: {note}", file=sys.stderr)))
+
+
 def read(path, base, image_size, choices):
     """The state dict in a file, and its layers in 8 bits."""
     if not path.lower().endswith(".onnx"):
-        return brevitas_state.read(pruning.joined(checkpoint.load(path)), choices)
+        return brevitas_state.read(read_checkpoint(path), choices)
     found, layers = onnx_file.read(path)
     rest = {}
     if base:
         try:
-            rest = pruning.joined(checkpoint.load(base))
+            rest = read_checkpoint(base)
         except (checkpoint.CheckpointError, architecture.ArchitectureError, OSError) as error:
             raise checkpoint.CheckpointError(f"{base}: {error}") from None
     state = complete(found, layers, rest, image_size)

@@ -8,9 +8,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import architecture  # noqa: E402
-import checkpoint  # noqa: E402
 import convert  # noqa: E402
-import pruning  # noqa: E402
 import sam  # noqa: E402
 
 
@@ -30,7 +28,7 @@ def read(path, image_size=None):
     if convert.is_model_file(str(path)):
         state, config, _ = convert.read_model_file(path)
     else:
-        state = pruning.joined(checkpoint.load(path))
+        state = convert.read_checkpoint(path)
         state = {n: v for n, v in state.items() if not architecture.ignored(n)}
         config = architecture.infer_config({n: v.shape for n, v in state.items()}, image_size)
     architecture.check({n: v.shape for n, v in state.items()}, config)

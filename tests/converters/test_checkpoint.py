@@ -60,6 +60,42 @@ def test_wrappers_inside_and_two_levels_down(tmp_path, state):
     assert list(loaded) == [f"encoder.{k}" for k in state] + ["decoder.d"]
 
 
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return {f"{part}.{n}.weight": torch.randn(3) for part in ("image_encoder", "prompt_encoder", "mask_decoder")
+            for n in "ab"}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "module.model._orig_mod.", "model.sam."])
+def test_tensors_beside_the_model(tmp_path, model, prefix):
+    beside = {"loss_fn.weight": torch.ones(3), "metric.total": torch.tensor(4), "teacher.mask_decoder.a": torch.ones(2)}
+    content = {"state_dict": beside | {prefix + name: value for name, value in model.items()}}
+    notes = []
+    check(checkpoint.load(save(tmp_path / "x.pth", content), notes.append), model)
+    bare = ".".join(p for p in prefix.split(".") if p not in checkpoint.WRAPPERS)
+    assert notes == [f"left out, as they are not below {bare!r}: 'loss_fn.weight', 'metric.total', "
+                     "'teacher.mask_decoder.a'"]
+
+
+def test_nothing_is_left_out_of_the_model_itself(tmp_path, model):
+    notes = []
+    for content in (model | {"loss_fn.weight": torch.ones(3)},
+                    {f"model.{n}": v for n, v in model.items()} | {"model.loss_fn.weight": torch.ones(3)}):
+        loaded = checkpoint.load(save(tmp_path / "x.pth", content), notes.append)
+        assert loaded.keys() == model.keys() | {"loss_fn.weight"} and not notes
+
+
+@pytest.mark.parametrize("first, second", [("model.", ""), ("", "sam."), ("net.", "model."), ("net.model.", "net.")])
+def test_models_in_two_places(tmp_path, model, first, second):
+    names = list(model)
+    content = {first + name: model[name] for name in names[:3]} | {second + name: model[name] for name in names[3:]}
+    content["loss_fn.weight"] = torch.ones(3)
+    with pytest.raises(checkpoint.CheckpointError, match="in more than one place") as error:
+        checkpoint.load(save(tmp_path / "x.pth", content))
+    assert repr(first + names[0]) in str(error.value) and repr(second + names[3]) in str(error.value)
+
+
 def test_names_that_wrappers_told_apart(tmp_path):
     content = {"module.a": torch.ones(2), "_orig_mod.a": torch.zeros(2)}
     with pytest.raises(checkpoint.CheckpointError, match="two tensors are both 'a'.*'_orig_mod.a'"):

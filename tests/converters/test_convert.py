@@ -145,6 +145,30 @@ def test_problems_are_all_named(tmp_path, capsys, state):
     assert "mis-shaped: image_encoder.neck.1.bias is (255,), expected (256,)" in message
 
 
+def lightning(state):
+    """What Lightning saves of a module that has the model as a member, a loss with weights, and a metric."""
+    beside = {"loss_fn.weight": np.ones(2, np.float32), "metric.total": np.int64(3)}
+    return {f"model.{name}": value for name, value in state.items()} | beside
+
+
+def test_a_model_beside_other_members(tmp_path, capsys, state):
+    source, output = write_checkpoint(tmp_path / "x.pth", lightning(state)), tmp_path / "x.safetensors"
+    assert convert.main([str(source), "-o", str(output)]) == 0
+    said = f"{source}: left out, as they are not below 'model.': 'loss_fn.weight', 'metric.total'"
+    assert said in capsys.readouterr().err
+    expected = convert.fold_batch_norm(state, 1e-5)
+    tensors = safetensors.numpy.load_file(output)
+    assert tensors.keys() == expected.keys() and all(np.array_equal(tensors[k], expected[k]) for k in expected)
+
+
+def test_a_model_beside_other_members_that_is_not_whole(tmp_path, capsys, state):
+    name = "mask_decoder.iou_token.weight"
+    rest = {k: v for k, v in state.items() if k != name}
+    assert f"missing: {name} (1, 256)" in failure(tmp_path, capsys, lightning(rest))
+    (tmp_path / "x.pth").unlink()
+    assert "more than one place" in failure(tmp_path, capsys, lightning(rest) | {name: state[name]})
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_not_finite(tmp_path, capsys, state, bad):
     name = "image_encoder.layers.1.blocks.0.mlp.fc1.weight"
