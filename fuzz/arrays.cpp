@@ -1,6 +1,7 @@
-// What is in the arrays of a case. An input is the .npy files of `imgs`, `boxes`, `gts` and
-// `spacing`, each after its length in two bytes; they are put into an archive with the right
-// checksums, and read from it as the program reads cases, labels and spacing.
+// What is in the arrays of a case. An input is the .npy files of `imgs`, `boxes`, `gts`,
+// `spacing`, `points` and `low_res_masks`, each after its length in two bytes; those that there
+// are, but for empty ones, are put into an archive with the right checksums, and read from it as
+// the program reads cases, labels, spacing and masks.
 #include <array>
 
 #include <zlib.h>
@@ -13,7 +14,8 @@ namespace microtome::fuzz {
 
 namespace {
 
-constexpr std::array<const char*, 4> names{"imgs", "boxes", "gts", "spacing"};
+constexpr std::array<const char*, 6> names{"imgs",    "boxes",  "gts",
+                                           "spacing", "points", "low_res_masks"};
 
 std::uint32_t checksum(std::span<const std::byte> bytes) {
   return static_cast<std::uint32_t>(
@@ -69,7 +71,7 @@ inline void read(std::span<const std::byte> bytes) {
     bytes = bytes.subspan(2);
     const auto content = bytes.first(std::min(length, bytes.size()));
     bytes = bytes.subspan(content.size());
-    archive.add(std::string(name) + ".npy", content);
+    if (!content.empty()) archive.add(std::string(name) + ".npy", content);
   }
   const std::string whole = archive.finished();
   const io::npz_reader file(std::as_bytes(std::span(whole)), "case.npz");
@@ -79,7 +81,12 @@ inline void read(std::span<const std::byte> bytes) {
     } catch (const error&) {
     }
   };
-  attempt([&] { static_cast<void>(io::read_case(file)); });
+  std::vector<image_prompt> prompts;
+  attempt([&] {
+    io::segmentation_case read = io::read_case(file);
+    if (auto* image = std::get_if<io::image_case>(&read)) prompts = std::move(image->prompts);
+  });
+  attempt([&] { io::read_logits(file, prompts); });
   attempt([&] { static_cast<void>(io::read_labels(file, "gts")); });
   attempt([&] { static_cast<void>(io::read_spacing(file)); });
 }

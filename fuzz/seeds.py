@@ -86,6 +86,13 @@ def cases():
     volume = dict(imgs=image.transpose(2, 0, 1).copy(), boxes=np.array([[1, 1, 0, 5, 4, 2]], np.int16))
     yield volume | dict(gts=labels.astype(np.float32)[None], spacing=np.float32([1, 1, 5]))
     yield dict(imgs=np.asfortranarray(image), boxes=boxes.astype(np.uint64), gts=labels, spacing=np.ones(2))
+    points = np.array([[1, 2, 1, 1], [3.5, 4, 0, 2], [0, 0, 1, 3]])
+    yield dict(imgs=image, boxes=boxes, points=points, low_res_masks=np.ones((3, 2, 2), np.float32))
+    yield dict(imgs=image, points=points[:1].astype(np.int32), low_res_masks=np.zeros((1, 1, 3, 3), np.float32))
+    yield dict(boxes=np.zeros((0, 4)), low_res_masks=np.ones((2, 2, 2), np.float32))
+
+
+ARRAYS = ("imgs", "boxes", "gts", "spacing", "points", "low_res_masks")
 
 
 def archives(folder):
@@ -97,7 +104,7 @@ def archives(folder):
 
 def arrays(folder):
     for number, case in enumerate(cases()):
-        parts = [npy(case[name]) for name in ("imgs", "boxes", "gts", "spacing")]
+        parts = [npy(case[name]) if name in case else b"" for name in ARRAYS]
         (folder / str(number)).write_bytes(b"".join(struct.pack("<H", len(p)) + p for p in parts))
 
 
@@ -147,6 +154,8 @@ def checkpoints(folder):
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x01(K\x02K\x03t(K\x03K\x01t\x89NtR"
     state = b"}(X\x01\0\0\0a" + tensor + b"X\x0a\0\0\0module.b.c" + tensor + b"u"
     (folder / "state").write_bytes(b"\x80\x02" + state + b".")
+    beside = b"}(X\x15\0\0\0model.image_encoder.a" + tensor + b"X\x06\0\0\0loss.w" + tensor + b"u"
+    (folder / "beside").write_bytes(b"\x80\x02" + beside + b".")
     (folder / "nested").write_bytes(b"\x80\x02}(X\x05\0\0\0modelccollections\nOrderedDict\n)R(X\x01\0\0\0a" +
                                     tensor + b"uX\x04\0\0\0lossG?\xf0\0\0\0\0\0\0u.")
     (folder / "scalar").write_bytes(b"\x80\x02}X\x01\0\0\0xcnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n"

@@ -154,8 +154,7 @@ inline segmentation_case read_case(const std::filesystem::path& path) {
 /// Gives each of the prompts its mask of `low_res_masks`, float32, (prompts, side, side) or
 /// (prompts, 1, side, side), of a .npz file, as write_logits() writes it. Where there are no
 /// prompts yet, the masks are.
-inline void read_logits(const std::filesystem::path& path, std::vector<image_prompt>& prompts) {
-  const npz_reader file(path);
+inline void read_logits(const npz_reader& file, std::vector<image_prompt>& prompts) {
   const npy_array array = file.read("low_res_masks");
   const shape& extents = array.header.extents;
   const std::string what = file.name() + ": array 'low_res_masks'";
@@ -174,6 +173,10 @@ inline void read_logits(const std::filesystem::path& path, std::vector<image_pro
     std::memcpy(mask.data(), array.bytes.data() + i * pixels * 4,
                 static_cast<std::size_t>(pixels) * 4);
   }
+}
+
+inline void read_logits(const std::filesystem::path& path, std::vector<image_prompt>& prompts) {
+  read_logits(npz_reader(path), prompts);
 }
 
 /// Reads a label map from array `name` of a .npz file: whole numbers from 0 to 65535, (H, W) or
