@@ -28,8 +28,9 @@ EVERY = int(os.environ.get("MICROTOME_EVERY", 401))
 def faults(program, tmp_path_factory):
     """The preloaded library that makes calls fail."""
     symbols = subprocess.run(["ldd", program], capture_output=True, text=True).stdout
-    if "libasan" in symbols or b"__asan_init" in pathlib.Path(program).read_bytes():
-        pytest.skip("nothing can be preloaded before the address sanitizer")
+    content = pathlib.Path(program).read_bytes()
+    if "libasan" in symbols or b"__asan_init" in content or b"__tsan_init" in content:
+        pytest.skip("nothing can be preloaded before a sanitizer")
     library = tmp_path_factory.mktemp("faults") / "faults.so"
     source = pathlib.Path(__file__).with_name("faults.cpp")
     subprocess.run(["g++", "-std=c++20", "-O1", "-fPIC", "-shared", source, "-o", library, "-ldl"], check=True)
