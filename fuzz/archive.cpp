@@ -15,6 +15,10 @@ inline void read(std::span<const std::byte> bytes) {
     } catch (const error&) {
     }
   }
+  if (by_path(bytes)) {
+    const file_of copy(bytes);
+    static_cast<void>(io::npz_reader(copy.path()).names());
+  }
   static_cast<void>(io::read_case(file));
 }
 

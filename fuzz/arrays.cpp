@@ -74,7 +74,8 @@ inline void read(std::span<const std::byte> bytes) {
     if (!content.empty()) archive.add(std::string(name) + ".npy", content);
   }
   const std::string whole = archive.finished();
-  const io::npz_reader file(std::as_bytes(std::span(whole)), "case.npz");
+  const auto whole_bytes = std::as_bytes(std::span(whole));
+  const io::npz_reader file(whole_bytes, "case.npz");
   const auto attempt = [](auto&& f) {
     try {
       f();
@@ -89,6 +90,12 @@ inline void read(std::span<const std::byte> bytes) {
   attempt([&] { io::read_logits(file, prompts); });
   attempt([&] { static_cast<void>(io::read_labels(file, "gts")); });
   attempt([&] { static_cast<void>(io::read_spacing(file)); });
+  if (!by_path(whole_bytes)) return;
+  const file_of copy(whole_bytes);
+  attempt([&] { static_cast<void>(io::read_case(copy.path())); });
+  attempt([&] { static_cast<void>(io::read_labels(copy.path(), "gts")); });
+  attempt([&] { static_cast<void>(io::read_spacing(copy.path())); });
+  attempt([&] { io::read_logits(copy.path(), prompts); });
 }
 
 }  // namespace microtome::fuzz

@@ -6,7 +6,10 @@
 namespace microtome::fuzz {
 
 inline void read(std::span<const std::byte> bytes) {
-  static_cast<void>(sam(safetensors(bytes, "model"), {}));
+  if (by_path(bytes))
+    static_cast<void>(sam(safetensors(file_of(bytes).path()), {}));
+  else
+    static_cast<void>(sam(safetensors(bytes, "model"), {}));
 }
 
 }  // namespace microtome::fuzz

@@ -32,7 +32,10 @@ inline void read(std::span<const std::byte> bytes) {
                              bytes[20] != std::byte{} || bytes[21] != std::byte{}))
     return;
   std::string note;
-  static_cast<void>(io::read_png(bytes, "image.png", &note));
+  if (by_path(bytes))
+    static_cast<void>(io::read_png(file_of(bytes).path(), &note));
+  else
+    static_cast<void>(io::read_png(bytes, "image.png", &note));
 }
 
 }  // namespace microtome::fuzz

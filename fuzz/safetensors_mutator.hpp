@@ -49,6 +49,9 @@ public:
       case 1:
         change_word();
         break;
+      case 2:
+        change_value();
+        break;
       default:
         change_number();
     }
@@ -124,6 +127,24 @@ private:
     std::size_t end = colon + 3;
     while (end < text_.size() && text_[end] != '"') end += text_[end] == '\\' ? 2 : 1;
     if (end < text_.size()) text_.replace(colon + 3, end - colon - 3, one_of(words));
+  }
+
+  /// A list or an object becomes something else, or has its first element once more.
+  void change_value() {
+    static constexpr std::string_view values[] = {"[]", "{}", "0", "null", "1e9", "[[]]"};
+    const std::size_t start = any(below(2) ? ":[" : ":{") + 1;
+    if (start == 0 || start >= text_.size()) return;
+    std::size_t end = start, comma = 0;
+    for (int depth = 0; end < text_.size(); ++end) {
+      const char c = text_[end];
+      depth += (c == '[' || c == '{') - (c == ']' || c == '}');
+      if (depth == 0) break;
+      if (depth == 1 && c == ',' && !comma) comma = end;
+    }
+    if (comma && below(2))
+      text_.insert(start + 1, text_.substr(start + 1, comma - start));
+    else if (end < text_.size())
+      text_.replace(start, end + 1 - start, one_of(values));
   }
 
   /// A tensor goes, gets another name, or comes again under another.

@@ -21,10 +21,12 @@ import architecture  # noqa: E402
 import convert  # noqa: E402
 import encoders  # noqa: E402
 import model_file  # noqa: E402
+import pruning  # noqa: E402
+import quantized  # noqa: E402
 import seeded_weights  # noqa: E402
 
 # As small as the architecture goes: a file of some 60 kB, loaded in well under a millisecond.
-CONFIG = architecture.upgraded(dict(
+FLAT = dict(
     image_size=16,
     pixel_channels=3,
     stages=[
@@ -34,7 +36,10 @@ CONFIG = architecture.upgraded(dict(
     embed_dim=8,
     mask_in_chans=4,
     decoder=dict(depth=1, heads=1, mlp_dim=2, attention_downsample=1, multimask_outputs=1, iou_hidden=2, iou_depth=1),
-))
+)
+CONFIG = architecture.upgraded(FLAT)
+# What is read in floating point always.
+KEPT = ("prompt_encoder.",)
 
 
 EFFICIENTVIT = CONFIG | dict(
@@ -50,6 +55,43 @@ EFFICIENTVIT = CONFIG | dict(
 )
 
 
+def with_header(path, change):
+    """Writes a model file again after `change` was made to its header, a dict."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def as_version_1(header):
+    header["__metadata__"] |= dict(format_version="1", model="lite_medsam", config=json.dumps(FLAT))
+
+
+def in_bf16(header):
+    header["__metadata__"]["scheme"] = "*:*:*=bf16"
+    for name, entry in header.items():
+        if entry.get("dtype") == "F16":
+            entry["dtype"] = "BF16"
+
+
+def in_8_bits(tensors, every=1, with_inputs=False):
+    """Every so manieth layer in 8 bits, perhaps with its input, which has factors or a range per channel."""
+    held = dict(tensors)
+    for name, weight in list(pruning.layers(tensors).items())[::every]:
+        if name.startswith(KEPT):
+            continue
+        whole = np.resize(np.arange(-127, 128, dtype=np.int8), weight.shape)
+        scale = np.ones(weight.shape[quantized.out_axis(name)], np.float32)
+        ranges = quantized.input_ranges(name, weight.shape)
+        taken = quantized.Input((0.5,) * ranges, (128,) * ranges) if with_inputs else None
+        held |= quantized.Layer(name, whole, scale, taken).tensors()
+        if with_inputs and ranges == 1 and weight.shape[0] % 2 == 0:
+            held[f"{name}.input_factor"] = np.ones(weight.shape[1 - quantized.out_axis(name)], np.float32)
+    return held
+
+
 def models(folder):
     tensors, config = convert.convert(seeded_weights.seeded_state(EFFICIENTVIT, 1), EFFICIENTVIT)
     model_file.write(folder / "efficientvit", tensors, config)
@@ -57,6 +99,12 @@ def models(folder):
     model_file.write(folder / "fp32", tensors, config)
     half = {n: v.astype(np.float16) if v.size > 4 else v for n, v in tensors.items()}
     model_file.write(folder / "fp16", half, config)
+    model_file.write(folder / "bf16", half, config)
+    with_header(folder / "bf16", in_bf16)
+    model_file.write(folder / "version1", tensors, config)
+    with_header(folder / "version1", as_version_1)
+    model_file.write(folder / "int8_weights", in_8_bits(tensors), config, "*:*:*=int8-weights")
+    model_file.write(folder / "int8", in_8_bits(tensors, 3, True), config, "*:*:*=int8")
 
 
 def few_tensors(folder):
@@ -66,6 +114,7 @@ def few_tensors(folder):
         "": {"a": values, "b": values.astype(np.float16), "c": np.int8([[1, -127]]), "d": np.uint8([7])},
         "compressed": {"w_values": values[bits], "w_mask": np.packbits(bits, bitorder="little"), "w_scale": values[0]},
         "whole": {"w_values": np.int8([1, 2, 3]), "w_mask": np.uint8([7])},
+        "past": {"w_values": np.int8([1, 2, 3]), "w_mask": np.uint8([131])},
     }
     for name, tensors in held.items():
         model_file.write(folder / f"tensors{name}", tensors, CONFIG)
@@ -89,6 +138,8 @@ def cases():
     points = np.array([[1, 2, 1, 1], [3.5, 4, 0, 2], [0, 0, 1, 3]])
     yield dict(imgs=image, boxes=boxes, points=points, low_res_masks=np.ones((3, 2, 2), np.float32))
     yield dict(imgs=image, points=points[:1].astype(np.int32), low_res_masks=np.zeros((1, 1, 3, 3), np.float32))
+    yield dict(imgs=image, points=points[:, :3], boxes=boxes[:1], low_res_masks=np.ones((2, 2, 2), np.float32))
+    yield dict(imgs=image[0], boxes=boxes, low_res_masks=np.ones((2, 2), np.float32))
     yield dict(boxes=np.zeros((0, 4)), low_res_masks=np.ones((2, 2, 2), np.float32))
 
 
@@ -100,6 +151,14 @@ def archives(folder):
         save = np.savez if number % 2 else np.savez_compressed
         with open(folder / str(number), "wb") as file:
             save(file, **arrays)
+    with zipfile.ZipFile(folder / "method", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("imgs.npy", npy(np.zeros((2, 2, 3), np.uint8)))
+    with zipfile.ZipFile(folder / "bomb", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("imgs.npy", npy(np.zeros((2, 2, 3), np.uint8)))
+    whole = bytearray((folder / "bomb").read_bytes())
+    for signature, offset in ((b"PK\3\4", 22), (b"PK\1\2", 24)):  # what it claims to be unpacked
+        struct.pack_into("<I", whole, whole.index(signature) + offset, 1 << 30)
+    (folder / "bomb").write_bytes(whole)
 
 
 def arrays(folder):
@@ -130,7 +189,8 @@ def images(folder):
 
 def texts(folder):
     ranges = dict(format="microtome ranges", model="0" * 16, observer="mse", cases=3,
-                  layers={"image_encoder.neck.0": [-1.5, 2], "mask_decoder.x": [0, 1e3]})
+                  layers={"image_encoder.neck.0": [-1.5, 2], "mask_decoder.x": [[0, 1e3], [-1, 0.5]],
+                          "mask_decoder.y": {"ranges": [[-1, 1]], "factor": [1, 0.5]}})
     (folder / "ranges").write_text("1" + json.dumps(ranges))
     for number, scheme in enumerate(("full", "mix-dwsc", "int8, 0:*:*=fp32, *:*:conv2|local_conv=bf16",
                                      "fp32, !neck:*:proj=int8-weights, 1:0|1:*")):

@@ -4,11 +4,16 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <random>
 #include <span>
 #include <string>
 #include <vector>
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <microtome/core/error.hpp>
 
@@ -17,6 +22,28 @@ extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, st
 namespace microtome::fuzz {
 
 inline void read(std::span<const std::byte> bytes);
+
+/// Whether an input is read by a path, too: one in 32, since that takes long.
+inline bool by_path(std::span<const std::byte> bytes) {
+  return bytes.size() % 32 == 0;
+}
+
+/// A file of these bytes, in memory.
+class file_of {
+public:
+  explicit file_of(std::span<const std::byte> bytes) : file_(memfd_create("input", MFD_CLOEXEC)) {
+    if (write(file_, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size()))
+      std::abort();
+  }
+  ~file_of() { close(file_); }
+  file_of(const file_of&) = delete;
+  file_of& operator=(const file_of&) = delete;
+
+  std::filesystem::path path() const { return "/proc/self/fd/" + std::to_string(file_); }
+
+private:
+  int file_;
+};
 
 /// libFuzzer's own mutation of part of an input, which may grow to `most` bytes.
 template <class Bytes>

@@ -32,7 +32,10 @@ inline void read(std::span<const std::byte> bytes) {
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + 1, bytes.size() - 1);
   const int kind = std::to_integer<int>(bytes[0]) % 3;
   if (kind == 1) {
-    static_cast<void>(activation_ranges::parse(text, "ranges.json"));
+    const auto ranges = by_path(bytes) ? activation_ranges::read(file_of(bytes.subspan(1)).path())
+                                       : activation_ranges::parse(text, "ranges.json");
+    for (const auto& [name, layer] : ranges.layers)
+      for (const value_range& range : layer.ranges) static_cast<void>(range.levels());
     return;
   }
   if (kind == 2) return read_coco(text);
@@ -40,7 +43,8 @@ inline void read(std::span<const std::byte> bytes) {
   for (const char* layer :
        {"image_encoder.layers.0.blocks.0.conv2.c", "image_encoder.neck.2",
         "image_encoder.layers.1.blocks.3.attn.qkv", "mask_decoder.transformer.layers.0.mlp.lin1"})
-    static_cast<void>(rules.choose(layer_place(layer)));
+    static_cast<void>(name_of(rules.choose(layer_place(layer))));
+  rules.check_all_used();
 }
 
 }  // namespace microtome::fuzz
