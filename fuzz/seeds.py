@@ -6,6 +6,7 @@
 
 import io
 import json
+import math
 import pathlib
 import struct
 import sys
@@ -139,7 +140,8 @@ def cases():
     yield dict(imgs=image, boxes=boxes, points=points, low_res_masks=np.ones((3, 2, 2), np.float32))
     yield dict(imgs=image, points=points[:1].astype(np.int32), low_res_masks=np.zeros((1, 1, 3, 3), np.float32))
     yield dict(imgs=image, points=points[:, :3], boxes=boxes[:1], low_res_masks=np.ones((2, 2, 2), np.float32))
-    yield dict(imgs=image[0], boxes=boxes, low_res_masks=np.ones((2, 2), np.float32))
+    yield dict(imgs=image[None], boxes=boxes, low_res_masks=np.ones((2, 2), np.float32))
+    yield dict(imgs=image, boxes=boxes, low_res_masks=np.ones((3, 2, 2), np.float32))
     yield dict(boxes=np.zeros((0, 4)), low_res_masks=np.ones((2, 2, 2), np.float32))
 
 
@@ -153,11 +155,14 @@ def archives(folder):
             save(file, **arrays)
     with zipfile.ZipFile(folder / "method", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("imgs.npy", npy(np.zeros((2, 2, 3), np.uint8)))
+    header = io.BytesIO()
+    shape = (1 << 14, 1 << 14, 3)
+    np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=shape))
     with zipfile.ZipFile(folder / "bomb", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("imgs.npy", npy(np.zeros((2, 2, 3), np.uint8)))
+        archive.writestr("imgs.npy", header.getvalue())
     whole = bytearray((folder / "bomb").read_bytes())
-    for signature, offset in ((b"PK\3\4", 22), (b"PK\1\2", 24)):  # what it claims to be unpacked
-        struct.pack_into("<I", whole, whole.index(signature) + offset, 1 << 30)
+    for signature, offset in ((b"PK\3\4", 22), (b"PK\1\2", 24)):  # to what it claims to be unpacked
+        struct.pack_into("<I", whole, whole.index(signature) + offset, len(header.getvalue()) + math.prod(shape))
     (folder / "bomb").write_bytes(whole)
 
 
