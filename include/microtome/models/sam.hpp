@@ -224,8 +224,8 @@ private:
   const sam& model_;
   workspace ws_;
   tensor<float> embedding_;
-  tensor<float> dense_;     // embedding_ with no mask; from the first prompt on
-  tensor<float> prepared_;  // likewise
+  tensor<float> dense_;                // embedding_ with no mask; from the first prompt on
+  tensor<float> prepared_;             // likewise
   std::optional<shared_image> image_;  // views of dense_ and prepared_, once there are prompts
   tensor<float> low_res_masks_;
   tensor<float> iou_predictions_;
