@@ -114,8 +114,9 @@ def test_every_number_is_that_of_the_pytorch_reference(run, real_model, real_ima
 
 
 def test_8_bits_in_onnx_runtime(run, real_model, real_images, tmp_path):
-    """The masks of an int8 model's ONNX graphs are ours, and differ no more than ours do from fp32's: ONNX Runtime adds
-    up in another order, and a number near the middle between two levels may be rounded to the other one."""
+    """The masks of an int8 model's ONNX graphs are nearer to ours than ours are to fp32's. ONNX Runtime adds up in
+    another order: a number near the middle between two levels goes to the other one, which moves those after it, until
+    deep in the encoder the two are half as far apart as each is from fp32."""
     import export_onnx
     import onnxruntime
     import original
@@ -151,4 +152,4 @@ def test_8_bits_in_onnx_runtime(run, real_model, real_images, tmp_path):
             agreement += object_dice(a > 0, b > 0)
             from_fp32 += object_dice(a > 0, c > 0)
     print(f"agreement {np.mean(agreement):.4f}, least {min(agreement):.4f}; with fp32's {np.mean(from_fp32):.4f}")
-    assert np.mean(agreement) >= 0.99 and np.mean(agreement) > np.mean(from_fp32)
+    assert np.mean(agreement) >= 0.975 and 1 - np.mean(agreement) < (1 - np.mean(from_fp32)) / 2

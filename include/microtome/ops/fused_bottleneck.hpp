@@ -55,9 +55,9 @@ public:
   }
 
 private:
-  /// Rows of which the hidden ones take about 4 MB; whole tiles of Winograd's.
+  /// Rows of which the hidden ones take about 3 MB; whole tiles of Winograd's.
   index_t band_rows(map_size out_size) const {
-    const index_t fit = (1 << 20) / (out_size.width * spatial.out()) / 4 * 4;
+    const index_t fit = (3 << 18) / (out_size.width * spatial.out()) / 4 * 4;
     return std::clamp<index_t>(fit, std::min<index_t>(4, out_size.height), out_size.height);
   }
 

@@ -85,9 +85,9 @@ private:
     return matrix().packed_bytes(in_, n) / static_cast<index_t>(sizeof(float));
   }
 
-  /// Output channels whose transformed weights take about 4 MB: whole vectors of any target.
+  /// Output channels whose transformed weights take about 3 MB: whole vectors of any target.
   index_t slab_channels() const {
-    return std::max<index_t>(1, (1 << 20) / (places * in_ * 64)) * 64;
+    return std::max<index_t>(1, (3 << 18) / (places * in_ * 64)) * 64;
   }
 
   /// Rows of pixels whose tiles take about 6 MB, transformed and multiplied.
