@@ -51,8 +51,8 @@ inline void add_winograd(CLI::App& app, bool& winograd) {
   const std::map<std::string, bool> names{{"on", true}, {"off", false}};
   app.add_option(
          "--winograd", winograd,
-         "3x3 convolutions in fp32 by Winograd's algorithm, up to three times as fast, with "
-         "four times their weights in memory; off: plain sums")
+         "3x3 convolutions in fp32 by Winograd's algorithm, up to three times as fast; off: plain "
+         "sums")
       ->transform(CLI::CheckedTransformer(names).description("{on,off}"))
       ->default_str("on");
 }

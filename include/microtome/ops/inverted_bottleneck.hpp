@@ -101,9 +101,9 @@ private:
   index_t input_columns(index_t columns) const { return (columns - 1) * stride() + 3; }
   bool wide() const { return fitting_columns() < 24; }
 
-  /// Output rows of a band whose hidden rows take about 16 MB.
+  /// Output rows of a band whose hidden rows take about 12 MB.
   index_t band_rows(map_size size) const {
-    const index_t fit = (4 << 20) / (size.width * hidden()) / stride();
+    const index_t fit = (3 << 20) / (size.width * hidden()) / stride();
     return std::clamp<index_t>(fit, 1, size.strided(stride()).height);
   }
   /// Hidden rows that a band looks at.
