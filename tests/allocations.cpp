@@ -122,6 +122,8 @@ int main(int, char** arguments) {
   const char* const path = arguments[1];
   if (arguments[2]) seldom = std::max(1L, std::atol(arguments[2]));
   bool good = allocates_only_at_first(path);
+  const safetensors file{std::filesystem::path(path)};
+  good &= survives("a configuration", 1, [&] { static_cast<void>(model_config(file)); });
   good &= survives("loading", 61, [&] { static_cast<void>(sam::load(path)); });
 
   const sam model = sam::load(path);

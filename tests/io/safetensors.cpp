@@ -251,6 +251,10 @@ TEST_CASE("a model file of version 1 says what it lacks") {
   CHECK(mentions(changed("/stages/0/stride", 1), {"masks"}));
   CHECK(mentions(changed("/decoder/heads", 5), {"heads"}));
   CHECK(mentions(changed("/decoder/depth", 0), {"decoder.depth"}));
+  CHECK(mentions(changed("/decoder", 3), {"decoder"}));
+  // What has a place in version 2 alone does not count.
+  CHECK(changed("/image_encoder", 3) == "");
+  CHECK(changed("/input", "area") == "");
 }
 
 namespace {

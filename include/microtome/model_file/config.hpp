@@ -142,9 +142,11 @@ private:
     return found;
   }
 
-  /// What version 1 has at the top is the encoder's; what it does not say is LiteMedSAM's.
+  /// What version 1 has at the top is the encoder's; what it does not say is LiteMedSAM's. Objects
+  /// are there before they are filled: nlohmann's would be broken ones if memory ran out as the
+  /// first value made them.
   static void upgrade(nlohmann::json& config) {
-    nlohmann::json& encoder = config["image_encoder"];
+    nlohmann::json& encoder = config["image_encoder"] = nlohmann::json::object();
     encoder["kind"] = "tiny_vit";
     encoder["stem"] = "pointwise";
     for (const char* key : {"image_size", "pixel_channels", "stages", "embed_dim"})
@@ -152,7 +154,7 @@ private:
         encoder[key].swap(*found);
         config.erase(found);
       }
-    nlohmann::json& input = config["input"];
+    nlohmann::json& input = config["input"] = nlohmann::json::object();
     input["resize"] = "area";
     input["normalize"] = "range";
     input["coordinates"] = "truncated";
