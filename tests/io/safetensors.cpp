@@ -233,14 +233,17 @@ TEST_CASE("a model file of version 1 says what it lacks") {
                  {"model in memory", "'format'", "convert.py"}));
 
   const std::vector<std::byte> sound = tiny_bytes();
-  const auto changed = [&](const char* key, auto value) {
+  const auto load = [&](const char* key, auto value) {
     file_builder file = parsed(sound);
     nlohmann::json config =
         nlohmann::json::parse(file.header["__metadata__"]["config"].get<std::string>());
     config[nlohmann::json::json_pointer(key)] = value;
     file.header["__metadata__"]["config"] = config.dump();
     const auto bytes = file.bytes();
-    return error_of([&] { static_cast<void>(sam::load(bytes)); });
+    static_cast<void>(sam::load(bytes));
+  };
+  const auto changed = [&](const char* key, auto value) {
+    return error_of([&] { load(key, value); });
   };
   CHECK(mentions(changed("/image_size", 1 << 30), {"image_size", "1073741824"}));
   CHECK(mentions(changed("/image_size", "big"), {"image_size"}));
@@ -253,8 +256,8 @@ TEST_CASE("a model file of version 1 says what it lacks") {
   CHECK(mentions(changed("/decoder/depth", 0), {"decoder.depth"}));
   CHECK(mentions(changed("/decoder", 3), {"decoder"}));
   // What has a place in version 2 alone does not count.
-  CHECK(changed("/image_encoder", 3) == "");
-  CHECK(changed("/input", "area") == "");
+  CHECK_NOTHROW(load("/image_encoder", 3));
+  CHECK_NOTHROW(load("/input", "area"));
 }
 
 namespace {
