@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <fstream>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -15,11 +16,11 @@ namespace microtome::tests {
 
 namespace {
 
+#if MICROTOME_HAS_JPEG
+
 std::span<const std::byte> bytes_of(const std::vector<unsigned char>& file) {
   return std::as_bytes(std::span(file));
 }
-
-#if MICROTOME_HAS_JPEG
 
 /// What a test asks of the encoder.
 struct jpeg_kind {
