@@ -177,10 +177,10 @@ std::vector<job> find_jobs(const segment_options& options) {
         throw usage_error(target.string() + ": would be written for " + other.string() +
                           ", and for a slice of " + file.string() + ", should that be a volume");
     }
-  if (!options.boxes.empty() || !options.points.empty())
-    if (std::none_of(files.begin(), files.end(), is_png))
-      throw usage_error(std::string(options.boxes.empty() ? "--point" : "--box") +
-                        " is for PNG images; .npz cases bring their own boxes and points");
+  if ((!options.boxes.empty() || !options.points.empty()) &&
+      std::none_of(files.begin(), files.end(), is_png))
+    throw usage_error(std::string(options.boxes.empty() ? "--point" : "--box") +
+                      " is for PNG images; .npz cases bring their own boxes and points");
   if (!options.masks.empty()) {
     if (!fs::exists(options.masks)) throw usage_error(options.masks + ": no such file or folder");
     if (!fs::is_directory(options.masks) && jobs.size() > 1)
@@ -201,17 +201,15 @@ void make_folder(const fs::path& folder) {
 #endif
 }
 
+/// `bad` are the numbers of the objects that could not be segmented.
 void write_overlays(const fs::path& folder, const std::string& stem, const io::image_case& c,
-                    const label_map& labels) {
+                    const label_map& labels, const std::set<std::size_t>& bad) {
   std::vector<io::labelled_box> boxes;
   std::vector<io::labelled_point> points;
   for (std::size_t i = 0; i < c.prompts.size(); ++i) {
     const image_prompt& prompt = c.prompts[i];
     const int label = static_cast<int>(i) + 1;
-    const bool sound = prompt_complaint(prompt, i, c.image.extent(0), c.image.extent(1),
-                                        static_cast<index_t>(std::sqrt(prompt.mask.size())))
-                           .empty();
-    if (!sound) continue;
+    if (bad.contains(i)) continue;
     if (const std::optional<image_box>& b = prompt.box)
       boxes.push_back(
           {{std::lround(b->x0), std::lround(b->y0), std::lround(b->x1), std::lround(b->y1)},
@@ -223,7 +221,7 @@ void write_overlays(const fs::path& folder, const std::string& stem, const io::i
 
 /// One picture for each slice that is the middle of an object.
 void write_overlays(const fs::path& folder, const std::string& stem, const io::volume_case& c,
-                    const label_map& labels) {
+                    const label_map& labels, const std::set<std::size_t>&) {
   const index_t height = c.volume.extent(1), width = c.volume.extent(2);
   std::set<index_t> slices;
   for (const voxel_box& b : c.boxes) slices.insert(middle_slice(b));
@@ -261,7 +259,8 @@ io::segmentation_case read_input(const job& j, const std::vector<image_prompt>& 
 /// What was found in a case.
 struct answer {
   label_map labels;
-  io::object_logits logits;  ///< where they are wanted, of images
+  io::object_logits logits;   ///< where they are wanted, of images
+  std::set<std::size_t> bad;  ///< numbers of objects that could not be segmented
 };
 
 std::string note_of(const io::image_case& c) {
@@ -290,13 +289,14 @@ std::string describe_objects(const io::segmentation_case& input) {
 answer find_objects(session& s, const io::segmentation_case& input, bool multimask,
                     bool keep_logits, const progress_callback& step,
                     const bad_box_callback& bad_box) {
-  if (!keep_logits) return {segment_case(s, input, step, bad_box, multimask), {}};
+  if (!keep_logits) return {segment_case(s, input, step, bad_box, multimask), {}, {}};
   if (!std::holds_alternative<io::image_case>(input))
     fail("--logits is for images, and this is a volume");
   const auto objects = static_cast<index_t>(number_of_objects(input));
   answer found{
       {},
-      {tensor<float>(shape{objects, s.mask_side(), s.mask_side()}), tensor<float>(shape{objects})}};
+      {tensor<float>(shape{objects, s.mask_side(), s.mask_side()}), tensor<float>(shape{objects})},
+      {}};
   std::fill(found.logits.iou_predictions.begin(), found.logits.iou_predictions.end(),
             std::numeric_limits<float>::quiet_NaN());
   found.labels =
@@ -320,7 +320,7 @@ std::string write_result(const job& j, const segment_options& options,
     io::write_logits(fs::path(options.logits) / (stem + ".npz"), found.logits);
   return std::visit(
       [&](const auto& c) {
-        if (!options.overlay.empty()) write_overlays(options.overlay, stem, c, labels);
+        if (!options.overlay.empty()) write_overlays(options.overlay, stem, c, labels, found.bad);
         const index_t slices = labels.extents().rank() == 3 ? labels.extent(0) : 1;
         const std::chrono::duration<double> took = clock::now() - start;
         char text[96];
@@ -396,17 +396,22 @@ private:
           s.emplace(model,
                     session_options{.threads = std::max(1, threads_ / static_cast<int>(workers_))});
         io::segmentation_case input = current->input.get();
-        std::vector<std::string> complaints;
+        std::map<std::size_t, std::string> complaints;  // by the object's number
         answer found = find_objects(
             *s, input, options_.multimask, !options_.logits.empty(),
             [&](index_t done, index_t total) {
               if (interrupted()) throw interruption();
               report_.step(worker, done, total);
             },
-            [&](std::size_t, const std::string& complaint) { complaints.push_back(complaint); });
+            [&](std::size_t number, const std::string& complaint) {
+              complaints[number] = complaint;
+            });
         if (!complaints.empty() && complaints.size() == number_of_objects(input))
-          fail("none of its boxes can be segmented: ", complaints[0]);
-        for (const std::string& complaint : complaints) report_.box_failed(j.name, complaint);
+          fail("none of its boxes can be segmented: ", complaints.begin()->second);
+        for (const auto& [number, complaint] : complaints) {
+          report_.box_failed(j.name, complaint);
+          found.bad.insert(number);
+        }
         if (writing.valid()) writing.get();
         writing = std::async(policy(), [this, worker, &j, input = std::move(input),
                                         found = std::move(found), start] {

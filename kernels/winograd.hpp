@@ -1,7 +1,7 @@
 /// The transforms of Winograd's F(4 x 4, 3 x 3): see contract.hpp. Vectorised over channels; a tile
 /// of one vector of channels stays in L1 between its two passes. About 7 operations for each of 36
-/// loads and 36 stores: bound by the ports that load and store. Weights take 4 for each of 36
-/// stores, once for a few hundred tiles: a percent of the products' time.
+/// loads and 36 stores: bound by the ports that load and store. Weights take about 4
+/// for each of 36 stores, where the products take 72 for each tile: little for hundreds of tiles.
 #pragma once
 
 #include <algorithm>

@@ -190,10 +190,11 @@ void check_model(const std::string& name, const std::string& answers, bool winog
                        read_floats(file, "points.low_res_masks").data()) <= 3e-4);
   CHECK(max_error(clicked.iou_predictions, read_floats(file, "points.iou")) <= 3e-4);
 
-  // The prompt is a mask that was decoded: its rounding errors come on top.
+  // The prompt is a mask that was decoded: its rounding errors come on top, 6e-4 in all for XL1.
   const decoded_masks refined = s.decode(points, std::nullopt, first_mask, false);
   CHECK(error_of_every(4, refined.low_res_masks.data(),
-                       read_floats(file, "mask_prompt.low_res_masks").data()) <= 1e-3);
+                       read_floats(file, "mask_prompt.low_res_masks").data()) <=
+        (name == "xl1" ? 1e-3 : 3e-4));
   CHECK(max_error(refined.iou_predictions, read_floats(file, "mask_prompt.iou")) <= 3e-4);
 }
 

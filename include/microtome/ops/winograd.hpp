@@ -18,8 +18,8 @@ namespace microtome {
 /// A band of rows of tiles goes through steps that are each shared out over all threads: tiles are
 /// transformed; then, for some output channels after the other, weights are transformed and
 /// multiplied (one matrix product for each of the 36 places in a tile); then tiles are transformed
-/// back. Transformed weights would take four times the memory, and making them takes a percent of
-/// the time.
+/// back. Transformed weights would take four times the memory, and making them takes some 130
+/// operations of each weight's filter, where the products take 72 for each tile.
 class winograd3x3 {
 public:
   winograd3x3() = default;
