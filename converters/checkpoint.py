@@ -5,12 +5,11 @@ that tensors, their containers and numbers need, each replaced by something iner
 is refused, so that nothing from the file is ever executed.
 """
 
-import collections
-import dataclasses
 import io
 import math
 import pickle
 import pickletools
+import typing
 import zipfile
 
 import numpy as np
@@ -37,8 +36,9 @@ STORAGE_DTYPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StorageType:
+# What a pickle may make is a tuple: a pickle can set the fields of any other object (opcode BUILD), after they were
+# checked, and those of a storage's type for every checkpoint that the program reads later.
+class StorageType(typing.NamedTuple):
     dtype: str
 
     @property
@@ -46,8 +46,7 @@ class StorageType:
         return 2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(typing.NamedTuple):
     """A storage in the archive, not yet read."""
 
     archive: "Archive"
@@ -56,8 +55,7 @@ class Storage:
     elements: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(typing.NamedTuple):
     """A strided view of a storage, not yet read."""
 
     storage: Storage
@@ -118,8 +116,18 @@ class _Inert:
         pass
 
 
+class _Dict(dict):
+    """Stands for OrderedDict. What is set on it besides (a state dict's `_metadata`) does not matter, and could
+    hide its methods."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _):
+        pass
+
+
 _GLOBALS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _Dict,
     ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
     ("numpy", "dtype"): _Inert(),

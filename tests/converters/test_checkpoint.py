@@ -240,3 +240,35 @@ def test_a_number_that_python_would_reserve_memory_for(tmp_path):
         archive.writestr("x/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")  # 32 GB in Python's unpickler
     with pytest.raises(checkpoint.CheckpointError, match="object 2147483647 in 9 bytes"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("of", ["storage", "tensor", "type"])
+@pytest.mark.parametrize(
+    "fields",
+    [("",), (None, -(1 << 33), (1 << 30,), (1 << 20,)), {"dtype": "", "shape": (1 << 30,), "offset": -(1 << 33)},
+     (None, {"dtype": "", "elements": 1 << 30, "shape": (1 << 30,), "offset": -(1 << 33)})],
+)  # fmt: skip
+def test_fields_that_a_pickle_sets_after_they_were_checked(tmp_path, state, of, fields):
+    good = save(tmp_path / "good.pth", state)
+    path = save(tmp_path / "x.pth", {"a": torch.ones(7)})
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read("x/data.pkl")
+    made = {"storage": b"Q", "tensor": b"R", "type": b"FloatStorage\nq\x04"}[of]
+    assert made in pickled
+    # What pickle makes of the fields, without its first bytes and its last, and the instruction to set them.
+    setting = pickle.dumps(fields, protocol=2)[2:-1] + b"b"
+    place = pickled.rindex(made) + len(made)
+    replace_in_pickle(path, pickled, pickled[:place] + setting + pickled[place:])
+    with pytest.raises(checkpoint.CheckpointError, match="data.pkl is damaged"):
+        checkpoint.load(path)
+    check(checkpoint.load(good), state)
+
+
+def test_attributes_of_a_state_dict(tmp_path, state):
+    """PyTorch sets `_metadata`; what hides a method of the dictionary changes nothing either."""
+    path = save(tmp_path / "x.pth", state)
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read("x/data.pkl")
+    setting = pickle.dumps({"_metadata": 1, "items": 1, "values": 1, "get": 1, "keys": 1}, protocol=2)[2:-1] + b"b."
+    replace_in_pickle(path, pickled, pickled[:-1] + setting)
+    check(checkpoint.load(path), state)
