@@ -1,10 +1,12 @@
-// 3x3 convolutions of stride 1, as plain sums and by Winograd's algorithm, in turns: the median of
-// so many runs of each, and their ratio.
+// 3x3 convolutions of stride 1 in fp32 and in int8, as plain sums and by Winograd's algorithm, in
+// turns: the median of so many runs of each, and their ratio. (In int8 it is 1 where the CPU has
+// products of bytes, and both are plain sums.)
 //
 //     microtome_bench_convolutions [THREADS [RUNS]]
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -27,6 +29,18 @@ tensor<float> noise(shape extents, float scale) {
   return values;
 }
 
+/// Makes int8 layers of all.
+class whole_numbers : public layer_hook {
+public:
+  void load(layer_weight& layer) override {
+    for (float& w : layer.values) w = std::nearbyint(w / 0.05f * 127);
+    layer.inputs = precision::int8;
+    layer.scale = tensor<float>(shape{layer.out()});
+    for (float& s : layer.scale) s = 0.05f / 127;
+    layer.input = {{2.0f / 255, 128}};
+  }
+};
+
 double median(std::vector<double>& times) {
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
@@ -40,7 +54,9 @@ int main(int argc, char** argv) {
   struct layer {
     index_t in, out, side;
   };
-  std::printf("channels, map            plain ms  GFLOP/s  Winograd ms   ratio\n");
+  std::printf("%47s %31s\n%s\n", "fp32", "int8",
+              "channels, map          plain ms  GFLOP/s  Winograd ms  ratio"
+              "  plain ms  Winograd ms  ratio");
   for (const layer& l : {layer{32, 32, 256},
                          {64, 64, 128},
                          {64, 256, 128},
@@ -56,23 +72,29 @@ int main(int argc, char** argv) {
     const map_size size{l.side, l.side};
     const tensor<float> x = noise({size.tokens(), l.in}, 1.0f);
     tensor<float> y(shape{size.tokens(), l.out});
-    std::array<convolution3x3, 2> ways;
-    for (const bool winograd : {false, true})
-      ways[winograd] =
-          convolution3x3(weights(file, precision::fp32, nullptr, sparsity::automatic, winograd),
-                         "conv", l.in, l.out);
-    workspace ws(threads, ways[1].memory(size), 0);
-    std::array<std::vector<double>, 2> ms;
+    whole_numbers quantized;
+    std::array<convolution3x3, 4> ways;  // plain and fast in fp32, then in int8
+    std::size_t scratch = 0;
+    for (std::size_t way = 0; way < ways.size(); ++way) {
+      layer_hook* hook = way >= 2 ? &quantized : nullptr;
+      const weights read(file, precision::fp32, hook, sparsity::automatic, way % 2 == 1);
+      ways[way] = convolution3x3(read, "conv", l.in, l.out);
+      scratch = std::max(scratch, ways[way].scratch_bytes(size));
+    }
+    workspace ws(threads, ways[1].memory(size), scratch);
+    std::array<std::vector<double>, 4> times;
     for (int run = -1; run < runs; ++run)
-      for (std::size_t way = 0; way < 2; ++way) {
+      for (std::size_t way = 0; way < ways.size(); ++way) {
         const auto start = clock_type::now();
         ways[way](ws, size, x, y);
         const std::chrono::duration<double, std::milli> took = clock_type::now() - start;
-        if (run >= 0) ms[way].push_back(took.count());
+        if (run >= 0) times[way].push_back(took.count());
       }
-    const double plain = median(ms[0]), fast = median(ms[1]);
-    std::printf("%4td to %4td, %3td x %3td    %8.2f  %7.1f  %11.2f  %6.2f\n", l.in, l.out, l.side,
-                l.side, plain, 2e-6 * static_cast<double>(ways[0].macs() * size.tokens()) / plain,
-                fast, plain / fast);
+    std::array<double, 4> ms;
+    for (std::size_t way = 0; way < ways.size(); ++way) ms[way] = median(times[way]);
+    const auto flops = 2e-6 * static_cast<double>(ways[0].macs() * size.tokens());
+    std::printf("%4td to %4td, %3td x %3td %8.2f  %7.1f  %11.2f  %5.2f  %8.2f  %11.2f  %5.2f\n",
+                l.in, l.out, l.side, l.side, ms[0], flops / ms[0], ms[1], ms[0] / ms[1], ms[2],
+                ms[3], ms[2] / ms[3]);
   }
 }

@@ -186,6 +186,40 @@ struct winograd_output_args {
   activation act = activation::none;
 };
 
+/// A 3 x 3 convolution of stride 1 in int8 by Winograd's F(2 x 2, 3 x 3), as above with
+///
+///     B^T = 1  0 -1  0     G = 1/2 * 2  0  0     A^T = 1  1  1  0
+///           0  1  1  0               1  1  1           0  1 -1 -1
+///           0 -1  1  0               1 -1  1
+///           0  1  0 -1               0  0  2
+///
+/// in whole numbers: B^T d B is at most 1020, (2 G) g (2 G)^T at most 9 * 127, and what A makes of
+/// their products four times the sum of nine taps. So the result is that of gemm over nine taps to
+/// the bit, for 16 products where those sums take 36. 9 * `in` is at most max_gemm_depth, and
+/// so four times the sums fit 32 bits.
+struct winograd_int8_args {
+  ptrdiff_t rows, columns;  ///< of tiles of 2 x 2 pixels of the result
+  ptrdiff_t in, out;
+  const float* const* x;  ///< [2 * rows + 2][2 * columns + 2] pointers to pixels of `in` floats
+  float* const* y;        ///< [2 * rows][2 * columns] pointers to pixels; null: not wanted
+  const void* b;          ///< packed, 64-byte aligned
+  const float* scale;     ///< (out)
+  channel_quantization input;              ///< (in)
+  const float* bias = nullptr;             ///< (out), or null
+  const float* const* residual = nullptr;  ///< like y, perhaps the same pixels
+  activation act = activation::none;
+  void* scratch;  ///< scratch_bytes(rows, columns, in), 64-byte aligned
+};
+static_assert(std::int64_t{4} * max_gemm_depth * 255 * 127 < std::int64_t{1} << 31);
+
+struct winograd_int8_kernels {
+  ptrdiff_t (*packed_bytes)(ptrdiff_t in, ptrdiff_t out);
+  /// Packs whole numbers (out, in, 3, 3).
+  void (*pack)(ptrdiff_t in, ptrdiff_t out, const float* weights, void* packed);
+  ptrdiff_t (*scratch_bytes)(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t in);
+  void (*convolve)(const winograd_int8_args&);
+};
+
 /// out[i] = act((x[i] - mean(x[i])) / sqrt(var(x[i]) + epsilon) * gamma + beta) over each of `n`
 /// rows of c floats; out may be x.
 struct layer_norm_args {
@@ -256,6 +290,8 @@ struct table {
   void (*winograd_weights)(const winograd_weights_args&);
   void (*winograd_input)(const winograd_input_args&);
   void (*winograd_output)(const winograd_output_args&);
+  /// Null where gemm multiplies bytes, more at once than 16-bit numbers, and is as fast.
+  const winograd_int8_kernels* winograd_int8;
   /// q - zero_point of (rows, channels) floats, as floats; out may be x.
   void (*quantize)(ptrdiff_t rows, ptrdiff_t channels, const float* x, channel_quantization to,
                    float* out);

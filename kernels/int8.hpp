@@ -29,25 +29,33 @@ inline void quantize(ptrdiff_t rows, ptrdiff_t channels, const float* x, channel
     });
 }
 
-struct int8_inputs : int8_products<target::int8> {
+/// Whole numbers, multiplied and added as Products does.
+template <class Products>
+struct whole_inputs : Products {
+  using typename Products::a_element;
+  using typename Products::b_element;
+  using typename Products::sums_vector;
   using sum = std::int32_t;
   static constexpr ptrdiff_t a_per_step = 1;
-  static constexpr bool converts = true;
-  static constexpr bool scaled = true;
 
   template <ptrdiff_t Rows, ptrdiff_t Vectors>
   static HWY_INLINE void multiply_add(const a_element* const (&a)[Rows], ptrdiff_t i,
                                       const b_element* b, sums_vector (&sums)[Rows][Vectors]) {
-    factors column[Vectors];
+    typename Products::factors column[Vectors];
 #pragma GCC unroll 8
-    for (ptrdiff_t v = 0; v < Vectors; ++v) column[v] = load_column(b + v * lanes);
+    for (ptrdiff_t v = 0; v < Vectors; ++v) column[v] = Products::load_column(b + v * lanes);
 #pragma GCC unroll 16
     for (ptrdiff_t r = 0; r < Rows; ++r) {
-      const factors x = broadcast(a[r][i]);
+      const typename Products::factors x = Products::broadcast(a[r][i]);
 #pragma GCC unroll 8
-      for (ptrdiff_t v = 0; v < Vectors; ++v) sums[r][v] = dot(sums[r][v], x, column[v]);
+      for (ptrdiff_t v = 0; v < Vectors; ++v) sums[r][v] = Products::dot(sums[r][v], x, column[v]);
     }
   }
+};
+
+struct int8_inputs : whole_inputs<int8_products<target::int8>> {
+  static constexpr bool converts = true;
+  static constexpr bool scaled = true;
 
   static b_element pack(const float (&x)[step]) {
     b_element out = 0;
@@ -67,7 +75,8 @@ struct int8_inputs : int8_products<target::int8> {
   /// missing of the last step meets zeros of B.
   class converter {
   public:
-    explicit converter(const gemm_args& args) : input_(args.input) {}
+    explicit converter(const gemm_args& args) : converter(args.input) {}
+    explicit converter(channel_quantization input) : input_(input) {}
 
     void operator()(ptrdiff_t n, const float* x, a_element* row) const {
       auto* out = reinterpret_cast<a_byte*>(row);

@@ -22,6 +22,7 @@
 #include "softmax.hpp"
 #include "sparse.hpp"
 #include "winograd.hpp"
+#include "winograd_int8.hpp"
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
@@ -56,6 +57,7 @@ inline constexpr table kernel_table{
     .winograd_weights = winograd_weights,
     .winograd_input = winograd_input,
     .winograd_output = winograd_output,
+    .winograd_int8 = winograd_int8<target::int8>,
     .quantize = quantize,
     .layer_norm = layer_norm,
     .activate = activate,

@@ -120,6 +120,97 @@ TEST_CASE("Winograd's algorithm in bands, and rows from the middle, make the pla
   }
 }
 
+namespace {
+
+/// Makes int8 layers of all: weights from -127 to 127, the largest among them.
+class whole_numbers : public layer_hook {
+public:
+  explicit whole_numbers(int zero_point) : zero_point_(zero_point) {}
+
+  void load(layer_weight& layer) override {
+    float most = 0;
+    for (const float w : layer.values) most = std::max(most, std::abs(w));
+    for (float& w : layer.values) w = std::nearbyint(w * 127 / most);
+    layer.inputs = precision::int8;
+    layer.scale = random_tensor({layer.out()}, 7, 1e-3f);
+    layer.input = {{0.008f, zero_point_}};
+  }
+
+private:
+  int zero_point_;
+};
+
+}  // namespace
+
+TEST_CASE("3x3 convolution in int8 by Winograd's algorithm has the bits of the plain sums") {
+  struct shape_case {
+    map_size size;
+    index_t in, out;
+    int zero_point;
+    bool bias, residual;
+  };
+  for (const shape_case& c : {shape_case{{1, 1}, 16, 16, 0, false, false},
+                              {{2, 3}, 17, 19, 255, true, true},
+                              {{13, 29}, 33, 16, 117, false, true},
+                              {{14, 31}, 50, 45, 128, true, true},
+                              {{5, 130}, 64, 37, 3, true, false},
+                              {{31, 7}, 256, 40, 200, true, false},
+                              {{3, 4}, 1820, 16, 255, true, false}}) {
+    CAPTURE(c.size.height);
+    CAPTURE(c.size.width);
+    const auto bytes = file_builder()
+                           .add("conv.weight", {c.out, c.in, 3, 3}, 1, 0.3f)
+                           .add("conv.bias", {c.out}, 2, 0.5f)
+                           .bytes();
+    const safetensors file(bytes);
+    whole_numbers hook(c.zero_point);
+    const auto conv = [&](bool winograd) {
+      const weights read(file, precision::fp32, &hook, sparsity::automatic, winograd);
+      return convolution3x3(read, "conv", c.in, c.out, 1, c.bias);
+    };
+    const convolution3x3 fast = conv(true), plain = conv(false);
+    CHECK(plain.scratch_bytes(c.size) == 0);
+    CHECK((fast.scratch_bytes(c.size) > 0) == (kernels::active().winograd_int8 != nullptr));
+    const tensor<float> x =
+        random_tensor({c.size.tokens(), c.in}, 3, 3.0f);  // some beyond the levels
+    const tensor<float> residual = random_tensor({c.size.tokens(), c.out}, 4);
+    for (const auto act : {kernels::activation::none, kernels::activation::gelu_tanh})
+      for (const int threads : {1, 3}) {
+        workspace ws(threads, 0, fast.scratch_bytes(c.size));
+        tensor<float> a = residual, b = residual;
+        fast(ws, c.size, x, a, act, c.residual ? a.data() : nullptr);
+        plain(ws, c.size, x, b, act, c.residual ? b.data() : nullptr);
+        CHECK(std::equal(a.begin(), a.end(), b.begin()));
+        const index_t rows = std::min<index_t>(c.size.height, 3), y = c.size.height - rows;
+        fast.rows(ws, c.size, x, y, rows, a.data(), act);
+        plain.rows(ws, c.size, x, y, rows, b.data(), act);
+        CHECK(std::equal(a.begin(), a.begin() + rows * c.size.width * c.out, b.begin()));
+      }
+  }
+}
+
+TEST_CASE("the largest sums of an int8 convolution by Winograd's algorithm are exact") {
+  // All weights and inputs as large as can be, of either sign.
+  const index_t in = kernels::max_gemm_depth / 9, out = 16;
+  const map_size size{3, 3};
+  for (const float sign : {-1.0f, 1.0f}) {
+    tensor<float> largest(shape{out, in, 3, 3});
+    std::fill(largest.begin(), largest.end(), sign);
+    const auto bytes = file_builder().add("conv.weight", largest).bytes();
+    const safetensors file(bytes);
+    whole_numbers hook(0);
+    const convolution3x3 conv(weights(file, precision::fp32, &hook), "conv", in, out);
+    tensor<float> x(shape{9, in}), y(shape{9, out});
+    std::fill(x.begin(), x.end(), 100.0f);
+    workspace ws(1, 0, conv.scratch_bytes(size));
+    conv(ws, size, x, y);
+    const tensor<float> scale = random_tensor({out}, 7, 1e-3f);
+    for (index_t o = 0; o < out; ++o)
+      CHECK(y[4 * out + o] == static_cast<float>(sign * 127 * 255 * 9 * static_cast<float>(in)) *
+                                  (scale[o] * 0.008f));
+  }
+}
+
 TEST_CASE("the fused bottleneck equals its two convolutions") {
   struct shape_case {
     map_size size;

@@ -63,6 +63,9 @@ public:
   }
 
   index_t memory(map_size size) const { return std::max(conv1.memory(size), conv2.memory(size)); }
+  std::size_t scratch_bytes(map_size size) const {
+    return std::max(conv1.scratch_bytes(size), conv2.scratch_bytes(size));
+  }
   index_t macs(map_size size) const { return size.tokens() * (conv1.macs() + conv2.macs()); }
 
 private:
@@ -155,7 +158,10 @@ public:
     return floats;
   }
   std::size_t scratch_bytes() const {
-    std::size_t bytes = merge ? merge->scratch_bytes(in_size_) : 0;
+    std::size_t bytes = fused_merge ? fused_merge->scratch_bytes(in_size_) : 0;
+    if (merge) bytes = std::max(bytes, merge->scratch_bytes(in_size_));
+    for (const auto& block : residuals) bytes = std::max(bytes, block.scratch_bytes(size_));
+    for (const auto& block : bottlenecks) bytes = std::max(bytes, block.scratch_bytes(size_));
     for (const auto& block : attentions) bytes = std::max(bytes, block.scratch_bytes(size_));
     for (const auto& block : inverteds) bytes = std::max(bytes, block.scratch_bytes(size_));
     return bytes;
@@ -276,6 +282,8 @@ public:
   std::size_t scratch_bytes() const {
     std::size_t bytes = 0;
     for (const efficientvit_stage& stage : stages) bytes = std::max(bytes, stage.scratch_bytes());
+    for (const fused_bottleneck& block : middle)
+      bytes = std::max(bytes, block.scratch_bytes(embedding_size()));
     for (std::size_t i = 0; i + 1 < inputs.size(); ++i)
       bytes = std::max(bytes, bicubic_scratch_bytes(stage_for(i).size(), embed_dim()));
     return bytes;

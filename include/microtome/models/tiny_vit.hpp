@@ -301,7 +301,7 @@ public:
     return 2 * arena::rounded(map_floats()) + neck_conv.memory(embedding_size());
   }
   std::size_t scratch_bytes() const {
-    std::size_t bytes = stem.scratch_bytes();
+    std::size_t bytes = std::max(stem.scratch_bytes(), neck_conv.scratch_bytes(embedding_size()));
     for (const tiny_vit_stage& stage : stages) bytes = std::max(bytes, stage.scratch_bytes());
     return bytes;
   }

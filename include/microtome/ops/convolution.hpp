@@ -39,8 +39,11 @@ public:
                  index_t stride = 1, bool with_bias = false)
       : in_(in), out_(out), stride_(stride), zeros_(shape{in}) {
     const layer_weight layer = file.layer(name, {out, in, 3, 3});
-    if (stride == 1 && file.winograd() && winograd3x3::suits(layer))
+    const bool winograd = stride == 1 && file.winograd();
+    if (winograd && winograd3x3::suits(layer))
       winograd_ = winograd3x3(layer);
+    else if (winograd && winograd3x3_int8::suits(layer))
+      winograd_int8_ = winograd3x3_int8(layer);
     else
       weight_ = detail::pack_taps(layer);
     if (with_bias) bias_ = file.read(name + ".bias", {out});
@@ -57,6 +60,12 @@ public:
     return winograd_.empty() ? 0 : winograd_.memory(rows, size.width);
   }
   index_t memory(map_size size) const { return memory(size, size.strided(stride_).height); }
+  std::size_t scratch_bytes(map_size size, index_t rows) const {
+    return winograd_int8_.empty() ? 0 : winograd_int8_.scratch_bytes(rows, size.width);
+  }
+  std::size_t scratch_bytes(map_size size) const {
+    return scratch_bytes(size, size.strided(stride_).height);
+  }
 
   /// x is (size.tokens(), in), result is (size.strided(stride).tokens(), out) and not x.
   /// `residual`, where given, is like the result, and may be it.
@@ -72,6 +81,8 @@ public:
             const float* residual = nullptr) const {
     if (!winograd_.empty())
       return winograd_.rows(ws, size, x.data(), y, count, result, bias_.data(), act, residual);
+    if (!winograd_int8_.empty())
+      return winograd_int8_.rows(ws, size, x.data(), y, count, result, bias_.data(), act, residual);
     const index_t width = size.strided(stride_).width;
     const index_t tokens = count * width;
     ws.parallel(block_count(tokens), [&](index_t block, scratch) {
@@ -112,6 +123,7 @@ private:
   tensor<float> zeros_;
   packed_weight weight_;
   winograd3x3 winograd_;
+  winograd3x3_int8 winograd_int8_;
   tensor<float> bias_;
 };
 

@@ -49,6 +49,9 @@ public:
     const index_t band = band_rows(out_size);
     return arena::rounded(band * out_size.width * spatial.out()) + spatial.memory(size, band);
   }
+  std::size_t scratch_bytes(map_size size) const {
+    return spatial.scratch_bytes(size, band_rows(size.strided(stride())));
+  }
   /// Multiply-adds on a map of this size.
   index_t macs(map_size size) const {
     return size.strided(stride()).tokens() * (spatial.macs() + point.in() * out());

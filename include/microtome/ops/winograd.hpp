@@ -179,6 +179,112 @@ private:
   std::vector<tensor<float>> slabs_;  // (taps, packed weights) of some output channels each
 };
 
+/// A dense 3x3 convolution of stride 1 with padding 1 in int8 by Winograd's F(2 x 2, 3 x 3), in
+/// whole numbers: the plain sums to the bit. See kernels::winograd_int8_args. Its weights take 32
+/// bytes for each filter of nine.
+class winograd3x3_int8 {
+public:
+  winograd3x3_int8() = default;
+
+  /// Packs the weights of `layer`, (out, in, 3, 3).
+  explicit winograd3x3_int8(const layer_weight& layer)
+      : in_(layer.values.extent(1)),
+        out_(layer.values.extent(0)),
+        zeros_(shape{in_}),
+        packed_(shape{kernel().packed_bytes(in_, out_)}),
+        scale_(shape{out_}),
+        input_(layer) {
+    kernel().pack(in_, out_, layer.values.data(), packed_.data());
+    for (index_t o = 0; o < out_; ++o) scale_[o] = layer.scale[o] * layer.input[0].scale;
+  }
+
+  /// Whether it is used for a layer: where the CPU gains by it.
+  static bool suits(const layer_weight& layer) {
+    return layer.inputs == precision::int8 && !layer.sparse && !layer.simulated &&
+           !layer.observer && kernels::active().winograd_int8 &&
+           layer.values.extent(0) >= least_channels && layer.values.extent(1) >= least_channels &&
+           9 * layer.values.extent(1) <= kernels::max_gemm_depth;
+  }
+
+  bool empty() const { return in_ == 0; }
+
+  /// Bytes of scratch for up to `rows` rows of a map of this width.
+  std::size_t scratch_bytes(index_t rows, index_t width) const {
+    const patch_size patch = patch_of(rows, width);
+    return static_cast<std::size_t>(kernel().scratch_bytes(patch.rows, patch.columns, in_));
+  }
+
+  /// As winograd3x3::rows.
+  void rows(workspace& ws, map_size size, const float* x, index_t y0, index_t count, float* result,
+            const float* bias, activation act, const float* residual) const {
+    const patch_size patch = patch_of(count, size.width);
+    const index_t across = blocks(size.width, step * patch.columns);
+    ws.parallel(across * blocks(count, step * patch.rows), [&](index_t task, scratch memory) {
+      const index_t y = task / across * step * patch.rows;
+      const index_t column = task % across * step * patch.columns;
+      const index_t tall = std::min(patch.rows, blocks(count - y, step));
+      const index_t wide = std::min(patch.columns, blocks(size.width - column, step));
+      std::array<const float*, most_pixels> pixels;
+      std::size_t n = 0;
+      for (index_t py = y0 + y - 1; py < y0 + y + step * tall + 1; ++py)
+        for (index_t px = column - 1; px < column + step * wide + 1; ++px) {
+          const bool inside = py >= 0 && py < size.height && px >= 0 && px < size.width;
+          pixels[n++] = inside ? x + (py * size.width + px) * in_ : zeros_.data();
+        }
+      std::array<float*, step * step * most_tiles> to;
+      std::array<const float*, step * step * most_tiles> add;
+      n = 0;
+      for (index_t py = y; py < y + step * tall; ++py)
+        for (index_t px = column; px < column + step * wide; ++px, ++n) {
+          const index_t at = (py * size.width + px) * out_;
+          const bool wanted = py < count && px < size.width;
+          to[n] = wanted ? result + at : nullptr;
+          add[n] = wanted && residual ? residual + at : nullptr;
+        }
+      kernel().convolve(
+          {.rows = tall,
+           .columns = wide,
+           .in = in_,
+           .out = out_,
+           .x = pixels.data(),
+           .y = to.data(),
+           .b = packed_.data(),
+           .scale = scale_.data(),
+           .input = input_.get(),
+           .bias = bias,
+           .residual = residual ? add.data() : nullptr,
+           .act = act,
+           .scratch = memory.take<std::byte>(kernel().scratch_bytes(tall, wide, in_))});
+    });
+  }
+
+private:
+  static constexpr index_t step = 2, least_channels = 16, most_tiles = 128;
+  /// Of a patch of one row of tiles, which has the most pixels for its tiles.
+  static constexpr index_t most_pixels = (step + 2) * (step * most_tiles + 2);
+
+  struct patch_size {
+    index_t rows, columns;  ///< of tiles
+  };
+
+  static index_t blocks(index_t n, index_t size) { return (n + size - 1) / size; }
+  static const kernels::winograd_int8_kernels& kernel() { return *kernels::active().winograd_int8; }
+
+  /// What a task takes: tiles that take about 256 KB, transformed.
+  patch_size patch_of(index_t rows, index_t width) const {
+    const index_t tiles = std::clamp<index_t>((1 << 13) / in_, 8, most_tiles);
+    const index_t across = blocks(width, step);
+    const index_t columns = blocks(across, blocks(across, tiles));
+    return {std::min(std::max<index_t>(1, tiles / columns), blocks(rows, step)), columns};
+  }
+
+  index_t in_ = 0, out_ = 0;
+  tensor<float> zeros_;
+  tensor<std::byte> packed_;
+  tensor<float> scale_;
+  input_levels input_;
+};
+
 }  // namespace microtome
 
 #include <kernels/macros_on.hpp>
