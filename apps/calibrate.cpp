@@ -78,7 +78,8 @@ int run_calibrate(const calibrate_options& options) {
     session s(model, {.threads = options.threads});
     for (const fs::path& path : cases) segment_case(s, io::read_case(path));
   }
-  const activation_ranges ranges = watching.ranges(options.observer, file.fingerprint());
+  const activation_ranges ranges =
+      watching.ranges(options.observer, file.fingerprint(), options.threads);
   ranges.write(options.output);
   if (!options.moments.empty()) write_moments(options.moments, ranges, watching);
   if (!options.plot.empty()) draw(options.plot, watching, ranges);

@@ -192,6 +192,21 @@ def images(folder):
                 (folder / f"{color}_{depth}_{interlaced}").write_bytes(whole + chunk(b"IEND", b""))
 
 
+def jpegs(folder):
+    """One of the smallest: 8 x 8 pixels, grey or of three channels, whose Huffman tables have one code each."""
+    def segment(marker, data):
+        return b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
+
+    one_code = bytes([1] + 15 * [0]) + b"\0"
+    for channels in (1, 3, 4):
+        parts = b"".join(bytes([i + 1, 0x11, 0]) for i in range(channels))
+        frame = struct.pack(">BHHB", 8, 8, 8, channels) + parts
+        scan = bytes([channels]) + b"".join(bytes([i + 1, 0]) for i in range(channels)) + b"\0\x3f\0"
+        tables = segment(0xDB, b"\0" + bytes(range(1, 65))) + segment(0xC4, b"\0" + one_code + b"\x10" + one_code)
+        whole = b"\xff\xd8" + tables + segment(0xC0, frame) + segment(0xDA, scan) + b"\x00" + b"\xff\xd9"
+        (folder / str(channels)).write_bytes(whole)
+
+
 def texts(folder):
     ranges = dict(format="microtome ranges", model="0" * 16, observer="mse", cases=3,
                   layers={"image_encoder.neck.0": [-1.5, 2], "mask_decoder.x": [[0, 1e3], [-1, 0.5]],
@@ -234,8 +249,8 @@ def checkpoints(folder):
 
 
 if __name__ == "__main__":
-    for name, write in dict(model=models, tensors=few_tensors, archive=archives, arrays=arrays, png=images, text=texts,
-                            checkpoint=checkpoints).items():
+    for name, write in dict(model=models, tensors=few_tensors, archive=archives, arrays=arrays, png=images, jpeg=jpegs,
+                            text=texts, checkpoint=checkpoints).items():
         path = pathlib.Path(sys.argv[1]) / name
         path.mkdir(parents=True, exist_ok=True)
         write(path)

@@ -1,9 +1,10 @@
 /// 3 x 3 convolutions in int8 by Winograd's F(2 x 2, 3 x 3), in whole numbers of 16 bits: see
-/// contract.hpp. A patch of pixels is quantised once, and its tiles transformed; then, for one panel
-/// of output channels after the other, tiles are multiplied at each of the 16 places and transformed
-/// back while the sums are in L1 or L2. The transformed tiles stay in L2, weights come from L2 or L3
-/// once for each patch. Bound by the units that multiply, for 64 channels and more; the transforms
-/// take 24 and 24 additions for a tile, of 16 channels and of one vector of channels at a time.
+/// contract.hpp. A patch of pixels is quantised once, and its tiles transformed; then, for one
+/// panel of output channels after the other, tiles are multiplied at each of the 16 places and
+/// transformed back while the sums are in L1 or L2. The transformed tiles stay in L2, weights come
+/// from L2 or L3 once for each patch. Bound by the units that multiply, for 64 channels and more;
+/// the transforms take 24 and 24 additions for a tile, of 16 channels and of one vector of channels
+/// at a time.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +31,9 @@ using int16_inputs = whole_inputs<int16_pairs>;
 inline constexpr ptrdiff_t int8_places = 16;
 
 /// Channels of a quantised pixel: whole vectors, the last ones zeros.
-inline ptrdiff_t padded_channels(ptrdiff_t n) { return round_up(n, 2 * lanes); }
+inline ptrdiff_t padded_channels(ptrdiff_t n) {
+  return round_up(n, 2 * lanes);
+}
 
 /// Packed for a panel of output channels: [place][pair of input channels][panel_width].
 inline ptrdiff_t winograd_int8_panel(ptrdiff_t in) {
@@ -191,8 +194,8 @@ inline void convolve_winograd_int8(const winograd_int8_args& args) {
   auto* const patch = static_cast<std::int16_t*>(args.scratch);
   std::int16_t* const inputs = patch + size.patch();
   auto* const products = reinterpret_cast<std::int32_t*>(inputs + size.inputs());
-  auto* const a = reinterpret_cast<const std::uint32_t**>(products + int8_places * size.tiles *
-                                                                         panel_width);
+  auto* const a =
+      reinterpret_cast<const std::uint32_t**>(products + int8_places * size.tiles * panel_width);
   const int8_inputs::converter convert(args.input);
   for (ptrdiff_t i = 0; i < size.pixels; ++i) {
     std::int16_t* pixel = patch + i * size.channels;

@@ -17,6 +17,7 @@
 #include <nlohmann/json.hpp>
 
 #include <microtome/core/file.hpp>
+#include <microtome/core/parallel.hpp>
 #include <microtome/model_file/weights.hpp>
 #include <microtome/quantization/second_moments.hpp>
 
@@ -60,7 +61,10 @@ struct value_histogram {
   std::int64_t count(index_t bin) const { return counts[static_cast<std::size_t>(bin)]; }
 
   void add(float x, std::int64_t times = 1) {
-    const double at = (double{x} - double{range.low}) / width();
+    add_at((double{x} - double{range.low}) / width(), times);
+  }
+  /// What lies so many bins from range.low.
+  void add_at(double at, std::int64_t times = 1) {
     const auto bin = std::clamp<index_t>(static_cast<index_t>(at), 0, bins - 1);
     counts[static_cast<std::size_t>(bin)] += times;
   }
@@ -345,13 +349,24 @@ public:
   }
 
   /// Throws `error` for a layer whose input was zero throughout.
-  activation_ranges ranges(observer_kind kind, const std::string& fingerprint) const {
+  activation_ranges ranges(observer_kind kind, const std::string& fingerprint,
+                           int threads = 0) const {
     activation_ranges out;
     out.model = fingerprint;
     out.observer = observer_names[static_cast<std::size_t>(kind)];
     out.cases = cases_;
+    std::vector<const layer_watcher*> seen;
+    std::vector<layer_range*> found;
     for (const auto& [name, watcher] : watchers_)
-      if (watcher->seen()) out.layers.emplace(name, watcher->range(kind));
+      if (watcher->seen()) {
+        seen.push_back(watcher.get());
+        found.push_back(&out.layers[name]);
+      }
+    // The layers differ in channels, and so in work: the order of their names mixes them well.
+    parallel_for(threads > 0 ? threads : default_threads(), std::ssize(seen), [&](index_t i, int) {
+      const auto layer = static_cast<std::size_t>(i);
+      *found[layer] = seen[layer]->range(kind);
+    });
     return out;
   }
 
@@ -386,7 +401,7 @@ private:
       const std::lock_guard lock(mutex_);
       seen_ = true;
       if (!histograms_.empty()) {
-        for (index_t i = 0; i < taps * rows; ++i) count(x[i]);
+        count(taps * rows, x);
         return;
       }
       for (index_t i = 0; i < taps * rows; ++i)
@@ -488,10 +503,14 @@ private:
       return all;
     }
 
-    void count(const float* x) {
+    /// Channel by channel: a histogram fits in L1, those of all channels in no cache.
+    void count(index_t rows, const float* const* x) {
       for (std::size_t c = 0; c < all_.size(); ++c) {
         value_histogram& h = histograms_[layer_.depthwise ? c : 0];
-        if (h.range.low < h.range.high) h.add(factor_.empty() ? x[c] : x[c] / factor_[c]);
+        if (h.range.low == h.range.high) continue;
+        const double bins = 1 / h.width() / (factor_.empty() ? 1.0 : double{factor_[c]});
+        const double first = double{h.range.low} / h.width();
+        for (index_t i = 0; i < rows; ++i) h.add_at(double{x[i][c]} * bins - first);
       }
     }
 
