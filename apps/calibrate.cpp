@@ -20,6 +20,7 @@ namespace fs = std::filesystem;
 struct calibrate_options {
   std::string model, input, output, moments, plot;
   observer_kind observer = observer_kind::mse;
+  float headroom = 0.25f;
   int threads = 0;
 };
 
@@ -78,8 +79,8 @@ int run_calibrate(const calibrate_options& options) {
     session s(model, {.threads = options.threads});
     for (const fs::path& path : cases) segment_case(s, io::read_case(path));
   }
-  const activation_ranges ranges =
-      watching.ranges(options.observer, file.fingerprint(), options.threads);
+  activation_ranges ranges = watching.ranges(options.observer, file.fingerprint(), options.threads);
+  ranges.widen(options.headroom);
   ranges.write(options.output);
   if (!options.moments.empty()) write_moments(options.moments, ranges, watching);
   if (!options.plot.empty()) draw(options.plot, watching, ranges);
@@ -113,6 +114,10 @@ command add_calibrate(CLI::App& app) {
       ->transform(
           CLI::CheckedTransformer(names).description("{min-max,average,percentile,mse,entropy}"))
       ->default_str("mse");
+  app.add_option("--headroom", options->headroom,
+                 "widens ranges by this part of them, for images that reach further than these")
+      ->check(CLI::Range(0.0, 10.0))
+      ->capture_default_str();
   app.add_option("--moments", options->moments,
                  "safetensors file for the second moments, for `quantize --moments`");
   app.add_option("--plot", options->plot, "SVG file for the histograms");

@@ -106,6 +106,21 @@ def test_observers(run, tiny_model, cases, observer, tmp_path):
     assert json.loads(path.read_text())["observer"] == observer
 
 
+def test_headroom(run, tiny_model, cases, tmp_path):
+    found = []
+    for part in ([], ["--headroom", "0"], ["--headroom", "1"]):
+        path = tmp_path / "ranges.json"
+        assert run("calibrate", "-m", tiny_model, "-i", cases, "-o", path, *part).returncode == 0
+        found.append(json.loads(path.read_text())["layers"])
+    assert list(found[0]) == list(found[1])
+    for usual, seen, twice in zip(*(layers.values() for layers in found)):
+        if isinstance(seen, dict):
+            assert usual["factor"] == seen["factor"]
+            usual, seen, twice = (layer["ranges"] for layer in (usual, seen, twice))
+        np.testing.assert_allclose(usual, np.array(seen) * 1.25, rtol=1e-6)
+        np.testing.assert_allclose(twice, np.array(seen) * 2, rtol=1e-6)
+
+
 def test_histograms(run, tiny_model, cases, tmp_path):
     done = run("calibrate", "-m", tiny_model, "-i", cases, "-o", tmp_path / "r.json",
                "--plot", tmp_path / "histograms.svg")
