@@ -81,7 +81,7 @@ TEST_CASE("3x3 convolution on odd maps, also by Winograd's algorithm") {
       apply(kernels::activation::gelu_tanh, expected);
       tensor<float> first(expected.extents());
       for (const int threads : {1, 2, 5}) {
-        workspace ws(threads, conv.memory(c.size), 0);
+        workspace ws(threads, conv.memory(c.size), conv.scratch_bytes(c.size));
         tensor<float> got = c.residual ? residual : tensor<float>(expected.extents());
         // The result may lie where the residual does.
         conv(ws, c.size, x, got, kernels::activation::gelu_tanh, c.residual ? got.data() : nullptr);
@@ -104,7 +104,7 @@ TEST_CASE("Winograd's algorithm in bands, and rows from the middle, make the pla
   const convolution3x3 fast = conv(true), plain = conv(false);
   const tensor<float> x = random_tensor({size.tokens(), in}, 2);
   tensor<float> a(shape{size.tokens(), out}), b(a.extents());
-  workspace ws(2, fast.memory(size), 0);
+  workspace ws(2, fast.memory(size), fast.scratch_bytes(size));
   CHECK(fast.memory(size) < 36 * 24 * 16 * (in + out));  // it takes more than one band
   fast(ws, size, x, a);
   plain(ws, size, x, b);
@@ -241,7 +241,7 @@ TEST_CASE("the fused bottleneck equals its two convolutions") {
     if (c.shortcut)
       for (index_t i = 0; i < y.size(); ++i) y[i] += x[i];
     for (const int threads : {1, 3}) {
-      workspace ws(threads, m.memory(c.size), 0);
+      workspace ws(threads, m.memory(c.size), m.scratch_bytes(c.size));
       tensor<float> got(y.extents());
       m(ws, c.size, x, got);
       CHECK(max_error(got, y) < 1e-4 * deviation(y));

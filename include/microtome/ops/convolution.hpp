@@ -61,6 +61,7 @@ public:
   }
   index_t memory(map_size size) const { return memory(size, size.strided(stride_).height); }
   std::size_t scratch_bytes(map_size size, index_t rows) const {
+    if (!winograd_.empty()) return winograd_.scratch_bytes();
     return winograd_int8_.empty() ? 0 : winograd_int8_.scratch_bytes(rows, size.width);
   }
   std::size_t scratch_bytes(map_size size) const {

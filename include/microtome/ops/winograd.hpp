@@ -15,11 +15,11 @@ namespace microtome {
 /// A dense 3x3 convolution of stride 1 with padding 1 by Winograd's F(4 x 4, 3 x 3): 36 products
 /// where the sums of 4 x 4 pixels take 144. See kernels::winograd_input_args.
 ///
-/// A band of rows of tiles goes through steps that are each shared out over all threads: tiles are
-/// transformed; then, for some output channels after the other, weights are transformed and
-/// multiplied (one matrix product for each of the 36 places in a tile); then tiles are transformed
-/// back. Transformed weights would take four times the memory, and making them takes some 130
-/// operations of each weight's filter, where the products take 72 for each tile.
+/// A band of rows of tiles goes through three steps that are each shared out over all threads:
+/// tiles are transformed; a slab of output channels at a time, weights are transformed and
+/// multiplied (one matrix product for each of the 36 places in a tile); tiles are transformed back.
+/// Transformed weights of all channels would take four times the memory, and making them takes some
+/// 130 operations of each weight's filter, where the products take 72 for each tile.
 class winograd3x3 {
 public:
   winograd3x3() = default;
@@ -27,9 +27,9 @@ public:
   /// Packs the weights of `layer`, (out, in, 3, 3).
   explicit winograd3x3(const layer_weight& layer)
       : in_(layer.values.extent(1)), out_(layer.values.extent(0)), zeros_(shape{in_}) {
-    tensor<float> tap(shape{in_, slab_channels()});
-    for (index_t first = 0; first < out_; first += slab_channels()) {
-      const index_t n = std::min(slab_channels(), out_ - first), floats = packed_floats(n);
+    tensor<float> tap(shape{in_, slab_channels});
+    for (index_t first = 0; first < out_; first += slab_channels) {
+      const index_t n = std::min(slab_channels, out_ - first), floats = packed_floats(n);
       tensor<float>& slab = slabs_.emplace_back(shape{taps, floats});
       for (index_t t = 0; t < taps; ++t) {
         for (index_t c = 0; c < in_; ++c)
@@ -54,8 +54,11 @@ public:
   /// Arena floats for up to `rows` rows of a map of this width.
   index_t memory(index_t rows, index_t width) const {
     const index_t n = tiles_down(std::min(rows, band_rows(width))) * tiles_down(width);
-    return arena::rounded(places * n * in_) + arena::rounded(places * n * out_) +
-           arena::rounded(places * packed_floats(std::min(slab_channels(), out_)));
+    return arena::rounded(places * n * in_) + arena::rounded(places * n * out_);
+  }
+  /// Bytes of scratch: the transformed weights of a slab.
+  std::size_t scratch_bytes() const {
+    return scratch::bytes_of<float>(places * packed_floats(std::min(slab_channels, out_)));
   }
 
   /// Rows y0 to y0 + count - 1 of the result, of x (size.tokens(), in), to dense rows at `result`.
@@ -63,7 +66,8 @@ public:
   /// them.
   void rows(workspace& ws, map_size size, const float* x, index_t y0, index_t count, float* result,
             const float* bias, activation act, const float* residual) const {
-    const index_t band = band_rows(size.width);
+    const index_t bands = (count + band_rows(size.width) - 1) / band_rows(size.width);
+    const index_t band = tiles_down((count + bands - 1) / bands) * step;
     for (index_t start = 0; start < count; start += band) {
       const index_t skip = start * size.width * out_;
       one_band(ws, size, x, y0 + start, std::min(band, count - start), result + skip, bias, act,
@@ -74,6 +78,8 @@ public:
 private:
   static constexpr index_t tile = 6, step = 4, places = tile * tile, taps = 9;
   static constexpr index_t least_channels = 16;
+  /// Output channels of a slab: whole panels of any target, and enough slabs for all threads.
+  static constexpr index_t slab_channels = 64;
 
   static index_t tiles_down(index_t n) { return (n + step - 1) / step; }
 
@@ -85,15 +91,10 @@ private:
     return matrix().packed_bytes(in_, n) / static_cast<index_t>(sizeof(float));
   }
 
-  /// Output channels whose transformed weights take about 3 MB: whole vectors of any target.
-  index_t slab_channels() const {
-    return std::max<index_t>(1, (3 << 18) / (places * in_ * 64)) * 64;
-  }
-
-  /// Rows of pixels whose tiles take about 6 MB, transformed and multiplied.
+  /// Rows of pixels whose tiles take about 11 MB, transformed and multiplied.
   index_t band_rows(index_t width) const {
     const index_t row = places * tiles_down(width) * (in_ + out_);
-    return std::max<index_t>(1, (3 << 19) / row) * step;
+    return std::max<index_t>(1, (11 << 18) / row) * step;
   }
 
   void one_band(workspace& ws, map_size size, const float* x, index_t y0, index_t count,
@@ -122,8 +123,12 @@ private:
                                .out_stride = tiles * in_});
       }
     });
-    for (std::size_t i = 0; i < slabs_.size(); ++i)
-      multiply(ws, slabs_[i], static_cast<index_t>(i) * slab_channels(), tiles, inputs, products);
+    const index_t parts = block_count(tiles);
+    ws.parallel(std::ssize(slabs_) * parts, [&](index_t task, scratch own) {
+      const index_t part = task % parts;
+      const index_t start = tiles * part / parts, end = tiles * (part + 1) / parts;
+      multiply(own, task / parts, start, end - start, inputs, products);
+    });
     ws.parallel(groups, [&](index_t group, scratch) {
       for (index_t t = group * at_once; t < std::min(tiles, (group + 1) * at_once); ++t) {
         const index_t y = t / across * step, column = t % across * step;
@@ -147,31 +152,25 @@ private:
     });
   }
 
-  /// The products (places, tiles * out) of output channels `first` on, whose weights `slab` has.
-  void multiply(workspace& ws, const tensor<float>& slab, index_t first, index_t tiles,
+  /// Serial: of the products (places, tiles * out) those of one slab of output channels and of
+  /// `count` tiles from number `start` on.
+  void multiply(scratch& memory, index_t slab, index_t start, index_t count,
                 view<const float> inputs, view<float> products) const {
-    frame memory(ws.memory());
-    const index_t floats = slab.extent(1);
-    const view<float> weights = memory.take({places, floats});
-    constexpr index_t chunk = 2048;
-    ws.parallel((floats + chunk - 1) / chunk, [&](index_t task, scratch) {
-      const index_t start = task * chunk;
-      kernels::active().winograd_weights({.n = std::min(chunk, floats - start),
-                                          .g = slab.data() + start,
-                                          .g_stride = floats,
-                                          .out = weights.data() + start,
-                                          .out_stride = floats});
-    });
-    const index_t channels = std::min(slab_channels(), out_ - first);
-    const index_t blocks = block_count(tiles);
-    ws.parallel(places * blocks, [&](index_t task, scratch) {
-      const index_t place = task / blocks, start = task % blocks * token_block;
-      const index_t n = std::min(token_block, tiles - start);
-      const row_pointers<const float> a(inputs.row(place) + start * in_, in_, n);
-      const row_pointers<float> c(products.row(place) + start * out_ + first, out_, n);
-      matrix().gemm(
-          {.m = n, .n = channels, .k = in_, .a = a.data(), .b = weights.row(place), .c = c.data()});
-    });
+    const tensor<float>& g = slabs_[static_cast<std::size_t>(slab)];
+    const index_t floats = g.extent(1), first = slab * slab_channels;
+    float* const weights = memory.take<float>(places * floats);
+    kernels::active().winograd_weights(
+        {.n = floats, .g = g.data(), .g_stride = floats, .out = weights, .out_stride = floats});
+    for (index_t place = 0; place < places; ++place) {
+      const row_pointers<const float> a(inputs.row(place) + start * in_, in_, count);
+      const row_pointers<float> c(products.row(place) + start * out_ + first, out_, count);
+      matrix().gemm({.m = count,
+                     .n = std::min(slab_channels, out_ - first),
+                     .k = in_,
+                     .a = a.data(),
+                     .b = weights + place * floats,
+                     .c = c.data()});
+    }
   }
 
   index_t in_ = 0, out_ = 0;
