@@ -1,6 +1,7 @@
 """Training that goes on from given weights: what it learns, what it holds, and what an interruption leaves."""
 
 import os
+import pathlib
 import signal
 
 import cv2
@@ -238,6 +239,13 @@ def test_what_makes_no_sense(tmp_path, pruned, cases, original, capsys):
     assert "2D_image.npz: not a checkpoint" in capsys.readouterr().err
     assert tune(original, cases, tmp_path / "u.pth", "--image-size", SIDE, "--steps", 9, "--rate", 1e30) == 1
     assert "try a lower --rate" in capsys.readouterr().err and not (tmp_path / "u.pth").exists()
+
+
+def test_other_models_are_refused(tmp_path, cases, capsys):
+    other = pathlib.Path(__file__).parents[1] / "data" / "tiny_efficientvit.safetensors"
+    assert tune(other, cases, tmp_path / "t.pth") == 1
+    said = capsys.readouterr().err
+    assert f"{other}: fine-tuning knows LiteMedSAM's way" in said and not list(tmp_path.glob("t.pth*"))
 
 
 @torch.no_grad()
