@@ -290,7 +290,8 @@ struct table {
   void (*winograd_weights)(const winograd_weights_args&);
   void (*winograd_input)(const winograd_input_args&);
   void (*winograd_output)(const winograd_output_args&);
-  /// Null where gemm multiplies bytes, more at once than 16-bit numbers, and is as fast.
+  /// Null on targets that do not multiply pairs of 16-bit numbers in int8; with products of bytes
+  /// gemm over nine taps is about as fast.
   const winograd_int8_kernels* winograd_int8;
   /// q - zero_point of (rows, channels) floats, as floats; out may be x.
   void (*quantize)(ptrdiff_t rows, ptrdiff_t channels, const float* x, channel_quantization to,

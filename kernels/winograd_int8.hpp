@@ -13,7 +13,7 @@
 
 namespace microtome::kernels::MICROTOME_TARGET_NAMESPACE {
 
-/// The kernels for CPUs that multiply so. Where there are instructions for bytes, none.
+/// The kernels of targets that multiply so.
 template <int8_dot>
 inline constexpr const winograd_int8_kernels* winograd_int8 = nullptr;
 
