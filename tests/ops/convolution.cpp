@@ -58,6 +58,7 @@ TEST_CASE("3x3 convolution on odd maps, also by Winograd's algorithm") {
                               {{13, 29}, 16, 16, 1, false, true},
                               {{13, 30}, 17, 19, 1, true, true},
                               {{4, 4}, 37, 24, 1, true, false},
+                              {{9, 6}, 131, 75, 1, true, true},
                               {{14, 9}, 21, 40, 2, false, true}})
     for (const bool winograd : {false, true}) {
       CAPTURE(c.size.height);
@@ -85,7 +86,7 @@ TEST_CASE("3x3 convolution on odd maps, also by Winograd's algorithm") {
         tensor<float> got = c.residual ? residual : tensor<float>(expected.extents());
         // The result may lie where the residual does.
         conv(ws, c.size, x, got, kernels::activation::gelu_tanh, c.residual ? got.data() : nullptr);
-        CHECK(max_error(got, expected) < 1e-4);
+        CHECK(max_error(got, expected) < 1e-4 * std::max(1.0, deviation(expected)));
         if (threads == 1) first = got;
         CHECK(std::equal(got.begin(), got.end(), first.begin()));
       }

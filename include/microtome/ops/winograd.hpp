@@ -27,9 +27,9 @@ public:
   /// Packs the weights of `layer`, (out, in, 3, 3).
   explicit winograd3x3(const layer_weight& layer)
       : in_(layer.values.extent(1)), out_(layer.values.extent(0)), zeros_(shape{in_}) {
-    tensor<float> tap(shape{in_, slab_channels});
-    for (index_t first = 0; first < out_; first += slab_channels) {
-      const index_t n = std::min(slab_channels, out_ - first), floats = packed_floats(n);
+    tensor<float> tap(shape{in_, slab_channels()});
+    for (index_t first = 0; first < out_; first += slab_channels()) {
+      const index_t n = std::min(slab_channels(), out_ - first), floats = packed_floats(n);
       tensor<float>& slab = slabs_.emplace_back(shape{taps, floats});
       for (index_t t = 0; t < taps; ++t) {
         for (index_t c = 0; c < in_; ++c)
@@ -58,7 +58,7 @@ public:
   }
   /// Bytes of scratch: the transformed weights of a slab.
   std::size_t scratch_bytes() const {
-    return scratch::bytes_of<float>(places * packed_floats(std::min(slab_channels, out_)));
+    return scratch::bytes_of<float>(places * packed_floats(std::min(slab_channels(), out_)));
   }
 
   /// Rows y0 to y0 + count - 1 of the result, of x (size.tokens(), in), to dense rows at `result`.
@@ -78,8 +78,9 @@ public:
 private:
   static constexpr index_t tile = 6, step = 4, places = tile * tile, taps = 9;
   static constexpr index_t least_channels = 16;
-  /// Output channels of a slab: whole panels of any target, and enough slabs for all threads.
-  static constexpr index_t slab_channels = 64;
+  /// Output channels of a slab: whole panels of any target, whose transformed weights take about
+  /// 1 MB for each thread.
+  index_t slab_channels() const { return in_ <= 128 ? 64 : 32; }
 
   static index_t tiles_down(index_t n) { return (n + step - 1) / step; }
 
@@ -91,10 +92,10 @@ private:
     return matrix().packed_bytes(in_, n) / static_cast<index_t>(sizeof(float));
   }
 
-  /// Rows of pixels whose tiles take about 11 MB, transformed and multiplied.
+  /// Rows of pixels whose tiles take about 9 MB, transformed and multiplied.
   index_t band_rows(index_t width) const {
     const index_t row = places * tiles_down(width) * (in_ + out_);
-    return std::max<index_t>(1, (11 << 18) / row) * step;
+    return std::max<index_t>(1, (9 << 18) / row) * step;
   }
 
   void one_band(workspace& ws, map_size size, const float* x, index_t y0, index_t count,
@@ -157,7 +158,7 @@ private:
   void multiply(scratch& memory, index_t slab, index_t start, index_t count,
                 view<const float> inputs, view<float> products) const {
     const tensor<float>& g = slabs_[static_cast<std::size_t>(slab)];
-    const index_t floats = g.extent(1), first = slab * slab_channels;
+    const index_t floats = g.extent(1), first = slab * slab_channels();
     float* const weights = memory.take<float>(places * floats);
     kernels::active().winograd_weights(
         {.n = floats, .g = g.data(), .g_stride = floats, .out = weights, .out_stride = floats});
@@ -165,7 +166,7 @@ private:
       const row_pointers<const float> a(inputs.row(place) + start * in_, in_, count);
       const row_pointers<float> c(products.row(place) + start * out_ + first, out_, count);
       matrix().gemm({.m = count,
-                     .n = std::min(slab_channels, out_ - first),
+                     .n = std::min(slab_channels(), out_ - first),
                      .k = in_,
                      .a = a.data(),
                      .b = weights + place * floats,
