@@ -32,6 +32,7 @@ inline void quantize(ptrdiff_t rows, ptrdiff_t channels, const float* x, channel
 /// Whole numbers, multiplied and added as Products does.
 template <class Products>
 struct whole_inputs : Products {
+  using typename Products::a_byte;
   using typename Products::a_element;
   using typename Products::b_element;
   using typename Products::sums_vector;
@@ -51,6 +52,36 @@ struct whole_inputs : Products {
       for (ptrdiff_t v = 0; v < Vectors; ++v) sums[r][v] = Products::dot(sums[r][v], x, column[v]);
     }
   }
+
+  /// Makes rows of A of the form that is multiplied: quantised, but for what is `missing`. What is
+  /// missing of the last step meets zeros of B.
+  class converter {
+  public:
+    explicit converter(const gemm_args& args) : converter(args.input) {}
+    explicit converter(channel_quantization input) : input_(input) {}
+
+    void operator()(ptrdiff_t n, const float* x, a_element* row) const {
+      auto* out = reinterpret_cast<a_byte*>(row);
+      for_lanes(n, [&](auto tag, ptrdiff_t i) {
+        const hn::RebindToSigned<decltype(tag)> whole;
+        const auto zero_point = hn::LoadU(tag, input_.zero_point + i);
+        auto q =
+            quantized(tag, hn::LoadU(tag, x + i), hn::LoadU(tag, input_.inverse + i), zero_point);
+        if constexpr (Products::keeps_zero_point) q = hn::Add(q, hn::ConvertTo(whole, zero_point));
+        if constexpr (Products::less != 0) q = hn::Sub(q, hn::Set(whole, Products::less));
+        if constexpr (sizeof(a_byte) == 4) {
+          hn::StoreU(q, whole, out + i);
+        } else {
+          const hn::Rebind<a_byte, decltype(tag)> narrow;
+          hn::StoreU(hn::DemoteTo(narrow, q), narrow, out + i);
+        }
+      });
+      for (ptrdiff_t i = n; i % Products::step; ++i) out[i] = 0;
+    }
+
+  private:
+    channel_quantization input_;
+  };
 };
 
 struct int8_inputs : whole_inputs<int8_products<target::int8>> {
@@ -70,37 +101,6 @@ struct int8_inputs : whole_inputs<int8_products<target::int8>> {
   static constexpr int missing(int zero_point) {
     return int8_inputs::less - (int8_inputs::keeps_zero_point ? zero_point : 0);
   }
-
-  /// Makes rows of A of the form that is multiplied: quantised, but for what is `missing`. What is
-  /// missing of the last step meets zeros of B.
-  class converter {
-  public:
-    explicit converter(const gemm_args& args) : converter(args.input) {}
-    explicit converter(channel_quantization input) : input_(input) {}
-
-    void operator()(ptrdiff_t n, const float* x, a_element* row) const {
-      auto* out = reinterpret_cast<a_byte*>(row);
-      for_lanes(n, [&](auto tag, ptrdiff_t i) {
-        const hn::RebindToSigned<decltype(tag)> whole;
-        const auto zero_point = hn::LoadU(tag, input_.zero_point + i);
-        auto q =
-            quantized(tag, hn::LoadU(tag, x + i), hn::LoadU(tag, input_.inverse + i), zero_point);
-        if constexpr (int8_inputs::keeps_zero_point)
-          q = hn::Add(q, hn::ConvertTo(whole, zero_point));
-        if constexpr (int8_inputs::less != 0) q = hn::Sub(q, hn::Set(whole, int8_inputs::less));
-        if constexpr (sizeof(a_byte) == 4) {
-          hn::StoreU(q, whole, out + i);
-        } else {
-          const hn::Rebind<a_byte, decltype(tag)> narrow;
-          hn::StoreU(hn::DemoteTo(narrow, q), narrow, out + i);
-        }
-      });
-      for (ptrdiff_t i = n; i % step; ++i) out[i] = 0;
-    }
-
-  private:
-    channel_quantization input_;
-  };
 };
 
 /// fp32 factors, of which B is kept as whole numbers: they become floats as they are loaded, which

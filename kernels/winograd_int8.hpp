@@ -3,7 +3,7 @@
 /// panel of output channels after the other, tiles are multiplied at each of the 16 places and
 /// transformed back while the sums are in L1 or L2. The transformed tiles stay in L2, weights come
 /// from L2 or L3 once for each patch. Bound by the units that multiply, for 64 channels and more;
-/// the transforms take 24 and 24 additions for a tile, of 16 channels and of one vector of channels
+/// the transforms take 32 and 24 additions for a tile, of 16 channels and of one vector of channels
 /// at a time.
 #pragma once
 
@@ -196,10 +196,10 @@ inline void convolve_winograd_int8(const winograd_int8_args& args) {
   auto* const products = reinterpret_cast<std::int32_t*>(inputs + size.inputs());
   auto* const a =
       reinterpret_cast<const std::uint32_t**>(products + int8_places * size.tiles * panel_width);
-  const int8_inputs::converter convert(args.input);
+  const int16_inputs::converter convert(args.input);
   for (ptrdiff_t i = 0; i < size.pixels; ++i) {
     std::int16_t* pixel = patch + i * size.channels;
-    convert(args.in, args.x[i], reinterpret_cast<int8_inputs::a_element*>(pixel));
+    convert(args.in, args.x[i], reinterpret_cast<int16_inputs::a_element*>(pixel));
     std::fill(pixel + round_up(args.in, 2), pixel + size.channels, std::int16_t{0});
   }
   winograd_int8_transform(args, size, patch, inputs);

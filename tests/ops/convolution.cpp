@@ -66,7 +66,7 @@ TEST_CASE("3x3 convolution on odd maps, also by Winograd's algorithm") {
       CAPTURE(winograd);
       const map_size out = c.size.strided(c.stride);
       const auto bytes = file_builder()
-                             .add("conv.weight", {c.out, c.in, 3, 3}, 1, 0.3f)
+                             .add("conv.weight", {c.out, c.in, 3, 3}, 1, c.in > 100 ? 0.1f : 0.3f)
                              .add("conv.bias", {c.out}, 2, 0.5f)
                              .bytes();
       const safetensors file(bytes);
@@ -86,7 +86,7 @@ TEST_CASE("3x3 convolution on odd maps, also by Winograd's algorithm") {
         tensor<float> got = c.residual ? residual : tensor<float>(expected.extents());
         // The result may lie where the residual does.
         conv(ws, c.size, x, got, kernels::activation::gelu_tanh, c.residual ? got.data() : nullptr);
-        CHECK(max_error(got, expected) < 1e-4 * std::max(1.0, deviation(expected)));
+        CHECK(max_error(got, expected) < 1e-4);
         if (threads == 1) first = got;
         CHECK(std::equal(got.begin(), got.end(), first.begin()));
       }

@@ -15,9 +15,9 @@ namespace microtome {
 
 using kernels::activation;
 
-/// How many blocks of `token_block` cover n tokens.
-constexpr index_t block_count(index_t n) {
-  return (n + token_block - 1) / token_block;
+/// How many blocks of `size` cover n tokens.
+constexpr index_t block_count(index_t n, index_t size = token_block) {
+  return (n + size - 1) / size;
 }
 
 /// Pointers to `count` <= max_rows rows of `stride` floats, the way kernels take a matrix.

@@ -66,8 +66,8 @@ public:
   /// them.
   void rows(workspace& ws, map_size size, const float* x, index_t y0, index_t count, float* result,
             const float* bias, activation act, const float* residual) const {
-    const index_t bands = (count + band_rows(size.width) - 1) / band_rows(size.width);
-    const index_t band = tiles_down((count + bands - 1) / bands) * step;
+    const index_t bands = block_count(count, band_rows(size.width));
+    const index_t band = tiles_down(block_count(count, bands)) * step;
     for (index_t start = 0; start < count; start += band) {
       const index_t skip = start * size.width * out_;
       one_band(ws, size, x, y0 + start, std::min(band, count - start), result + skip, bias, act,
@@ -82,7 +82,7 @@ private:
   /// 1 MB for each thread.
   index_t slab_channels() const { return in_ <= 128 ? 64 : 32; }
 
-  static index_t tiles_down(index_t n) { return (n + step - 1) / step; }
+  static index_t tiles_down(index_t n) { return block_count(n, step); }
 
   static const kernels::matrix_kernels& matrix() {
     return kernels::active().matrix(precision::fp32);
@@ -218,12 +218,12 @@ public:
   void rows(workspace& ws, map_size size, const float* x, index_t y0, index_t count, float* result,
             const float* bias, activation act, const float* residual) const {
     const patch_size patch = patch_of(count, size.width);
-    const index_t across = blocks(size.width, step * patch.columns);
-    ws.parallel(across * blocks(count, step * patch.rows), [&](index_t task, scratch memory) {
+    const index_t across = block_count(size.width, step * patch.columns);
+    ws.parallel(across * block_count(count, step * patch.rows), [&](index_t task, scratch memory) {
       const index_t y = task / across * step * patch.rows;
       const index_t column = task % across * step * patch.columns;
-      const index_t tall = std::min(patch.rows, blocks(count - y, step));
-      const index_t wide = std::min(patch.columns, blocks(size.width - column, step));
+      const index_t tall = std::min(patch.rows, block_count(count - y, step));
+      const index_t wide = std::min(patch.columns, block_count(size.width - column, step));
       std::array<const float*, most_pixels> pixels;
       std::size_t n = 0;
       for (index_t py = y0 + y - 1; py < y0 + y + step * tall + 1; ++py)
@@ -267,15 +267,14 @@ private:
     index_t rows, columns;  ///< of tiles
   };
 
-  static index_t blocks(index_t n, index_t size) { return (n + size - 1) / size; }
   static const kernels::winograd_int8_kernels& kernel() { return *kernels::active().winograd_int8; }
 
   /// What a task takes: tiles that take about 256 KB, transformed.
   patch_size patch_of(index_t rows, index_t width) const {
     const index_t tiles = std::clamp<index_t>((1 << 13) / in_, 8, most_tiles);
-    const index_t across = blocks(width, step);
-    const index_t columns = blocks(across, blocks(across, tiles));
-    return {std::min(std::max<index_t>(1, tiles / columns), blocks(rows, step)), columns};
+    const index_t across = block_count(width, step);
+    const index_t columns = block_count(across, block_count(across, tiles));
+    return {std::min(std::max<index_t>(1, tiles / columns), block_count(rows, step)), columns};
   }
 
   index_t in_ = 0, out_ = 0;

@@ -370,7 +370,6 @@ public:
         seen.push_back(watcher.get());
         found.push_back(&out.layers[name]);
       }
-    // The layers differ in channels, and so in work: the order of their names mixes them well.
     parallel_for(threads > 0 ? threads : default_threads(), std::ssize(seen), [&](index_t i, int) {
       const auto layer = static_cast<std::size_t>(i);
       *found[layer] = seen[layer]->range(kind);
